@@ -1,0 +1,1 @@
+"""What piecewise sparse attention is compared with: one file per method, each only a new order, routing or tail."""

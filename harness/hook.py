@@ -1,0 +1,137 @@
+"""Replaces a diffusion transformer's self-attention for the length of a `with` block, counts what ran, restores it after.
+
+A session knows the layer (each layer has its own processor), the denoising step (from the scheduler, read before every
+forward) and the branch of classifier-free guidance (the n-th forward of a step). After every forward it checks that each
+layer was reached exactly once: a sparse run that silently stayed dense must not go unnoticed.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from baselines.dense import Dense
+from pisa import Grid, SparseAttention
+
+Attention = Callable[..., Tensor]
+Observer = Callable[["Session", int, Tensor, Tensor, Tensor], None]
+
+
+class Family(Protocol):
+    """What differs between transformer families: where self-attention sits and how tokens lie on the grid."""
+
+    def processors(self, transformer: nn.Module, session: "Session") -> dict[str, Any]:
+        """A processor for every self-attention layer, by its name in `transformer.attn_processors`."""
+
+    def grid(self, transformer: nn.Module, inputs: dict[str, Any]) -> Grid:
+        """The token grid of one forward, from its keyword arguments."""
+
+
+@dataclass
+class Session:
+    """One hooked transformer. `method` None keeps every call dense (the reference runs through the same code).
+
+    dense_steps, dense_layers: the first denoising steps and the first layers that stay dense.
+    observe: called with (session, layer, q, k, v), tensors `[B, H, L, D]`, before every self-attention.
+    """
+
+    transformer: nn.Module
+    family: Family
+    method: SparseAttention | None = None
+    dense: Attention = field(default_factory=Dense)
+    scheduler: Any = None
+    dense_steps: int = 0
+    dense_layers: int = 0
+    observe: Observer | None = None
+
+    step: int = field(default=0, init=False)
+    branch: int = field(default=0, init=False)
+    grid: Grid | None = field(default=None, init=False)
+    sparse_calls: int = field(default=0, init=False)
+    dense_calls: int = field(default=0, init=False)
+    forwards: int = field(default=0, init=False)
+    density_sum: float = field(default=0.0, init=False)
+
+    def __enter__(self) -> "Session":
+        self._stock = dict(self.transformer.attn_processors)
+        ours = self.family.processors(self.transformer, self)
+        self.layers = len(ours)
+        self._reached: list[int] = []
+        self._seen: tuple[Any, Any] | None = None
+        self._spans: list[tuple[Any, Any]] = []
+        self.transformer.set_attn_processor({**self._stock, **ours})
+        self._hooks = [
+            self.transformer.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.transformer.register_forward_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.transformer.set_attn_processor(dict(self._stock))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.scheduler is not None:
+            now = (self.scheduler.timesteps, self.scheduler.step_index)  # a new run makes a new timesteps tensor
+            same = self._seen is not None and self._seen[0] is now[0] and self._seen[1] == now[1]
+            self.branch = self.branch + 1 if same else 0
+            self.step, self._seen = now[1] or 0, now
+        self.grid = self.family.grid(module, kwargs)
+        self._reached = []
+
+    def _after(self, *_: Any) -> None:
+        if sorted(self._reached) != list(range(self.layers)):
+            odd = [i for i in range(self.layers) if self._reached.count(i) != 1]
+            raise RuntimeError(
+                f"the attention of layers {odd} was not reached exactly once in this forward: another hook, a cache or "
+                "fused projections replaced our processors. Attach to the plain pipeline."
+            )
+        self.forwards += 1
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of one layer; `[B, L, H, D]` in and out, as diffusers lays tensors out."""
+        self._reached.append(layer)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D] views
+        if self.observe is not None:
+            self.observe(self, layer, q, k, v)
+        start = self._mark(q)
+        if self.method is None or self.step < self.dense_steps or layer < self.dense_layers:
+            o = self.dense(q, k, v)
+            self.dense_calls += 1
+        else:
+            o = self.method(q, k, v, grid=self.grid)
+            self.sparse_calls += 1
+            self.density_sum += self.method.last.density
+        self._spans.append((start, self._mark(q)))
+        return o.transpose(1, 2)
+
+    @staticmethod
+    def _mark(x: Tensor) -> Any:
+        """A point in time: an event in the stream on a GPU (no synchronisation), the wall clock elsewhere."""
+        if not x.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def report(self) -> dict[str, Any]:
+        """What ran, as columns of a record."""
+        if self._spans and not isinstance(self._spans[0][0], float):
+            torch.cuda.synchronize()
+            attention_ms = sum(a.elapsed_time(b) for a, b in self._spans)
+        else:
+            attention_ms = 1e3 * sum(b - a for a, b in self._spans)
+        calls = self.sparse_calls + self.dense_calls
+        exact = self.density_sum + self.dense_calls
+        return {
+            "sparse_calls": self.sparse_calls,
+            "dense_calls": self.dense_calls,
+            "density_realised": self.density_sum / self.sparse_calls if self.sparse_calls else 1.0,
+            "exact_fraction": exact / calls if calls else None,
+            "engine": self.method.last.engine if self.sparse_calls else None,
+            "attention_ms": attention_ms,
+        }

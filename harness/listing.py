@@ -1,0 +1,30 @@
+"""`python -m harness list`: what can be chosen, from the file names of conf/ alone (no torch, no Hydra)."""
+
+from pathlib import Path
+
+from harness.config import conf_dir, options
+
+GROUPS = (
+    ("method", "named methods: an order, a routing and a tail"),
+    ("method/order", "which tokens share a block"),
+    ("method/routing", "which key blocks a query block computes exactly"),
+    ("method/tail", "what happens to the other blocks"),
+    ("model", ""),
+    ("workload", ""),
+    ("experiment", "saved sweeps"),
+    ("metrics", "formulas of PSNR, SSIM and LPIPS"),
+    ("tracker", ""),
+)
+
+
+def show(config_dirs: tuple[Path, ...]) -> int:
+    """Prints every group with its options and the comment at the head of their files."""
+    roots = (*config_dirs, conf_dir())
+    for group, meaning in GROUPS:
+        print(f"{group}" + (f"  ({meaning})" if meaning else ""))
+        for name in options(group, config_dirs):
+            path = next(p for root in roots if (p := Path(root) / group / f"{name}.yaml").exists())
+            first = path.read_text().splitlines()[0]
+            print(f"  {name:<16} {first[2:] if first.startswith('# ') else ''}".rstrip())
+        print()
+    return 0

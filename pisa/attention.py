@@ -1,0 +1,187 @@
+"""Piecewise sparse attention (PISA, arXiv 2602.01077): the public call, and the three choices that make a method.
+
+A sparse attention is an order (which tokens share a block), a routing (which key blocks a query block computes
+exactly) and a tail (what happens to the other blocks). An engine executes what they decide and changes none of it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from . import engines
+from .blocks import BlockMap, Blocks, Grid
+from .orders import Raster, inverse
+from .routing import RandomTopK, TopK
+from .tail import Tail
+
+HEAD_DIMS = (32, 64, 96, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROUTINGS = {
+    "centroid": lambda density: TopK(density),
+    "covariance": lambda density: TopK(density, score="covariance"),
+    "random": lambda density: RandomTopK(density),
+}
+
+Order = Callable[[Tensor, Tensor, Grid | None], Tensor | None]
+Routing = Callable[[Tensor, Tensor, Tensor, Blocks], BlockMap]
+
+
+def piecewise_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    density: float = 0.125,
+    block_size: int = 64,
+    tail: str | Tail = "hybrid",
+    routing: str | Routing = "centroid",
+    scale: float | None = None,
+    engine: str = "auto",
+    return_lse: bool = False,
+    check_finite: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with the best key blocks exact and the others by a Taylor expansion (PISA, Alg. 1).
+
+    q: `[B, H, Lq, D]`; k, v: `[B, H, Lk, D]`; one dtype of fp32, fp16, bf16; D in 32, 64, 96, 128; any strides and
+    lengths from one block on. density: fraction of key blocks computed exactly, in (0, 1]; 1 is dense attention.
+    tail: "drop", "zeroth", "blockwise_first" or "hybrid". routing: "centroid", "covariance", "random", or a callable
+    `(q, k, v, blocks) -> BlockMap`, which then decides the density itself. scale: 1 / sqrt(D) unless given.
+    check_finite: refuse NaN and infinity, at the price of one synchronisation. Inference only.
+    Returns `[B, H, Lq, D]` in q's dtype, with return_lse also the natural-log normaliser `[B, H, Lq]` in fp32.
+    Raises ValueError (shapes, values, names) or TypeError (dtype), with what to do about it.
+    """
+    check_inputs(q, k, v, block_size, scale)
+    if check_finite:
+        refuse_non_finite(q, k, v)
+    if isinstance(routing, str):
+        routing = named_routing(routing, density)
+    blocks = Blocks(block_size, q.shape[2], k.shape[2], scale=scale)
+    o, lse = attend(q, k, v, routing(q, k, v, blocks), tail, scale, engine)
+    return (o, lse) if return_lse else o
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    tail: str | Tail = "hybrid",
+    scale: float | None = None,
+    engine: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The output `[B, H, Lq, D]` and its log-normaliser `[B, H, Lq]` fp32 for a map that is already known.
+
+    With tail "drop" the blocks outside the map are never read into the result. The map is trusted: call
+    `block_map.validate()` on one that you made yourself.
+    """
+    tail = Tail.of(tail)
+    return engines.choose(engine, q, block_map, tail).attend(q, k, v, block_map, tail, scale)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the last call of a `SparseAttention` decided; records are filled from it."""
+
+    block_map: BlockMap
+    engine: str
+
+    @property
+    def density(self) -> float:
+        """Realised density. Synchronises, so it is computed when asked for and not before."""
+        return self.block_map.density()
+
+
+@dataclass
+class SparseAttention:
+    """A method: order x routing x tail, executed by an engine. `last` holds the decisions of the last call.
+
+    order: `(q, k, grid) -> permutation [L] | None` (pisa.orders). routing: `(q, k, v, blocks) -> BlockMap`
+    (pisa.routing). tail: a `Tail` or its name. block_size: tokens per block of queries and of keys.
+    """
+
+    order: Order = field(default_factory=Raster)
+    routing: Routing = field(default_factory=TopK)
+    tail: str | Tail = "hybrid"
+    engine: str = "auto"
+    block_size: int = 64
+    last: Routed | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.tail = Tail.of(self.tail)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None, scale: float | None = None) -> Tensor:
+        """`[B, H, L, D]` in and out, tokens in the model's own order; scale: 1 / sqrt(D) unless given.
+
+        grid: where the tokens sit; needed by every order but raster. Raises as `piecewise_sparse_attention`.
+        """
+        check_inputs(q, k, v, self.block_size, scale)
+        check_grid(grid, q, k, self.order)
+        permutation = self.order(q, k, grid)
+        if permutation is not None:
+            q, k, v = (x.index_select(2, permutation) for x in (q, k, v))
+        block_map = self.routing(q, k, v, Blocks(self.block_size, q.shape[2], k.shape[2], grid, scale))
+        engine = engines.choose(self.engine, q, block_map, self.tail)
+        o, _ = engine.attend(q, k, v, block_map, self.tail, scale)
+        self.last = Routed(block_map, engines.name_of(engine))
+        return o if permutation is None else o.index_select(2, inverse(permutation))
+
+
+def named_routing(name: str, density: float) -> Routing:
+    if name not in ROUTINGS:
+        near = get_close_matches(name, ROUTINGS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"No routing '{name}'.{hint} Allowed: {', '.join(ROUTINGS)}, or a callable.")
+    return ROUTINGS[name](density)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float | None) -> None:
+    """Everything that can be checked without asking the device. Raises ValueError or TypeError in one sentence."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q, k and v must be [B, H, L, D], got {shapes}: move heads and head_dim to their own axes.")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {shapes}.")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must agree in B, H and D, got {shapes}: repeat grouped key heads first.")
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(
+            f"head_dim must be one of {HEAD_DIMS}, got {q.shape[3]}: pad q, k, v with zeros and pass scale."
+        )
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise TypeError(
+            f"q, k and v must share one dtype of float32, float16, bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}: cast."
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}: move them.")
+    if not 1 <= block_size <= min(q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"block_size must be in [1, {min(q.shape[2], k.shape[2])}], the number of tokens, got {block_size}: "
+            "use a smaller block, or dense attention for so few tokens."
+        )
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}: leave it out for 1 / sqrt(D).")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("This is inference only and an input requires grad: call it under torch.no_grad().")
+
+
+def check_grid(grid: Grid | None, q: Tensor, k: Tensor, order: Order) -> None:
+    if grid is None:
+        if not isinstance(order, Raster):
+            raise ValueError(
+                f"order {order} needs to know where the tokens sit: pass grid=Grid(frames, height, width)."
+            )
+    elif not grid.tokens == q.shape[2] == k.shape[2]:
+        raise ValueError(
+            f"The grid {grid} has {grid.tokens} tokens, but q has {q.shape[2]} and k has {k.shape[2]}: "
+            "count the text tokens in, and trim padding."
+        )
+
+
+def refuse_non_finite(*tensors: Tensor) -> None:
+    sums = [x.sum(dtype=torch.float32) for x in tensors]  # cheap; a finite sum means finite elements
+    if not torch.stack(sums).sum().isfinite() and not all(x.isfinite().all() for x in tensors):
+        raise ValueError("q, k or v holds NaN or infinity: find the layer that made it, or pass check_finite=False.")

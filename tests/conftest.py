@@ -1,0 +1,39 @@
+"""What every test shares: fresh seeds that a failure prints, NaN in fresh memory, gpu tests only where there is one."""
+
+import secrets
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=None, help="repeat a run with the seed that its failure printed")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def seed(request):
+    """A fresh seed, set in torch and printed when the test fails; `--seed N` repeats it."""
+    number = request.config.getoption("--seed")
+    number = secrets.randbelow(2**31) if number is None else number
+    print(f"repeat with --seed {number}")
+    torch.manual_seed(number)
+    return number
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh buffers hold NaN or the largest integer, so that whoever reads before writing is found out."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
