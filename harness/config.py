@@ -67,7 +67,7 @@ class Composer:
                 )
         search_path = create_config_search_path(str(conf_dir()))
         for folder in self.config_dirs:
-            search_path.append("user", f"file://{folder.resolve()}")
+            search_path.prepend("user", f"file://{folder.resolve()}", "schema")
         GlobalHydra.instance().clear()
         self.hydra = Hydra.create_main_hydra2("harness", search_path)
         self.parser = OverridesParser.create(config_loader=self.hydra.config_loader)

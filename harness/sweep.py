@@ -168,6 +168,8 @@ def check(composed: Iterable[Composed]) -> list[str]:
 
 
 def check_one(one: Composed) -> None:
+    from baselines.dense import Dense
+
     config = one.config
     if isinstance(config["seed"], bool) or not isinstance(config["seed"], int) or config["seed"] < 0:
         raise InputError(f"seed must be a whole number from 0 on, got {config['seed']!r}.")
@@ -182,23 +184,31 @@ def check_one(one: Composed) -> None:
         model.check_prompt(config["prompt"])
     build(config["workload"], where="workload")
     build(config["metrics"], where="metrics")
+    Dense(config["dense_kernel"]).resolve(probe(device, model.dtype))
     if one.choices["method"] != "dense":
         check_method(config, model, device)
 
 
-def check_method(config: dict[str, Any], model: Any, device: str) -> None:
-    """Runs the method once on the smallest input it must take, so that an unfit engine or class shows before the sweep."""
+def probe(device: str, dtype: str) -> Any:
+    """A tensor `[1, 1, 64, 64]` to ask kernels and engines with."""
     import torch
 
+    return torch.zeros(1, 1, 64, 64, device=device, dtype=getattr(torch, dtype))
+
+
+def check_method(config: dict[str, Any], model: Any, device: str) -> None:
+    """Builds the method and asks its engine, so that an unfit one shows before the sweep."""
     method = build(config["method"], config["allow"])
     size = config["method"].get("block_size", 64)
     if not isinstance(size, int) or not 1 <= size <= model.tokens:
         raise InputError(f"method.block_size must be from 1 to the {model.tokens} tokens of the model, got {size!r}.")
     engine = config["method"].get("engine", "auto")
     if engine != "auto":
+        import torch
+
         from pisa import BlockMap, Blocks, Tail, engines
 
-        q = torch.zeros(1, 1, 64, 64, device=device, dtype=getattr(torch, config["model"]["dtype"]))
+        q = probe(device, model.dtype)
         whole = BlockMap.from_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), Blocks(64, 64, 64))
         engines.choose(engine, q, whole, getattr(method, "tail", Tail.of("drop")))
 
@@ -283,8 +293,6 @@ class Bench:
         return model
 
     def _run(self, cell: Cell, store: Records) -> dict[str, Any]:
-        import torch
-
         from baselines.dense import Dense
         from harness.workloads import Run
 
@@ -299,8 +307,7 @@ class Bench:
             device=self.device,
             metrics=build(config["metrics"], where="metrics"),
         )
-        probe = torch.zeros(1, 1, 64, 64, device=self.device, dtype=getattr(torch, model.dtype))
-        columns: dict[str, Any] = {"dense_kernel": run.dense.resolve(probe)}
+        columns: dict[str, Any] = {"dense_kernel": run.dense.resolve(probe(self.device, model.dtype))}
         self._warm_up(cell, model, run)
         if cell.role == "reference":
             measured, tensors = workload.reference(model, run)

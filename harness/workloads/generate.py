@@ -14,9 +14,11 @@ from harness.workloads import Run
 
 @dataclass(frozen=True)
 class Generate:
-    """keep_frames: keep every sample's frames (fp16), not only those of the dense reference."""
+    """keep_frames: keep every sample's frames (fp16), not only those of the dense reference.
+    timed: record times and memory; false where several sweeps share a machine and times would mean nothing."""
 
     keep_frames: bool = True
+    timed: bool = True
 
     def reference(self, model: Any, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
         columns, latents = self._sample(model, run)
@@ -31,8 +33,7 @@ class Generate:
         columns |= tensor_errors(latents.cpu(), reference["latents"])
         return columns, {"frames": frames.half()} if self.keep_frames else {}
 
-    @staticmethod
-    def _sample(model: Any, run: Run) -> tuple[dict[str, Any], Tensor]:
+    def _sample(self, model: Any, run: Run) -> tuple[dict[str, Any], Tensor]:
         session = Session(
             model.transformer,
             model.family,
@@ -46,8 +47,11 @@ class Generate:
             latents: list[Tensor] = []
             total_ms = Clock(run.device)(lambda: latents.append(model.generate(run.prompt, run.seed)))
         report = session.report()
-        share = report["attention_ms"] / total_ms
-        return {**quantiles([total_ms]), **report, **memory, "attention_share": share}, latents[0]
+        attention_ms = report.pop("attention_ms")
+        if self.timed:
+            report |= {**quantiles([total_ms]), **memory, "attention_ms": attention_ms}
+            report["attention_share"] = attention_ms / total_ms
+        return report, latents[0]
 
 
 def warm_up(model: Any, run: Run) -> None:

@@ -56,7 +56,11 @@ class Step:
             for step in self.at:
                 found = tensor_errors(forward(sparse, step).float().cpu(), reference[f"output_{step}"])
                 errors.append({"step": step, **found})
-        columns = {**sparse.report(), **memory}
+        columns = sparse.report()
+        if self.repeats:
+            columns |= memory
+        else:
+            del columns["attention_ms"]
         if model.weights != "random":  # with untrained weights every method looks perfect
             columns |= {"sites": errors, **mean_errors(errors)}
         if run.method is not None and self.repeats:

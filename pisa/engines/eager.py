@@ -1,8 +1,8 @@
 """The eager engine: plain torch on any device. It gathers the selected blocks of a few query blocks at a time.
 
 Exact part and tail are two small attentions, each with its log-sum-exp, merged at the end; so the tail, an empty one
-too, has the right mass whatever its logits are. In memory: one gathered chunk, never an L x L matrix, and never a
-D x D matrix for every block. Nothing asks the device for a number unless the counts of the map differ.
+too, has the right mass whatever its logits are. In memory: one chunk of query blocks, never an L x L matrix, and never
+a D x D matrix for every block. Nothing asks the device for a number unless the counts of the map differ.
 G = B * H heads of the whole batch; g heads and r query blocks make a chunk.
 """
 
@@ -16,7 +16,7 @@ from ..blocks import BlockMap, Blocks
 from ..tail import Tail
 from .softmax import MASKED, attention, merge
 
-CHUNK_BYTES_CPU = 4 << 20  # gathered keys and values of a chunk: they stay in the cache,
+CHUNK_BYTES_CPU = 4 << 20  # what a chunk gathers: it stays in the caches,
 CHUNK_BYTES = 256 << 20  # elsewhere few large launches
 
 
@@ -32,20 +32,13 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     blocks = Blocks(block_map.block_size, q.shape[2], k.shape[2])
     queries, keys, values = (cut(x, blocks.size) for x in (q, k, v))  # [G, N, b, D]
-    indices, bias = block_map.indices.flatten(0, 1), None  # [G, Nq, width]
-    rest = Rest.of(keys, values, block_map, blocks, tail, scale) if has_tail(block_map, tail) else None
-    o = torch.empty_like(queries)
-    lse = torch.empty(queries.shape[:3], dtype=torch.float32, device=q.device)
-    parts = list(chunks(block_map, keys))
-    buffer = gather_buffer(keys, parts)
-    for heads, rows, width in parts:
-        picked = indices[heads, rows, :width]
-        if not (block_map.uniform and blocks.k_len % blocks.size == 0):
-            picked, bias = padding(picked, blocks)
-        chunk = queries[heads, rows]  # [g, r, b, D]
-        own_keys, own_values = gather(keys[heads], picked, buffer[0]), gather(values[heads], picked, buffer[1])
-        result = attention(chunk, own_keys, own_values, bias, scale)
-        o[heads, rows], lse[heads, rows] = merge(*result, *rest(chunk, heads, rows)) if rest else result
+    o, lse = exact(queries, keys, values, block_map, blocks, scale)
+    every_block_is_exact = block_map.uniform and block_map.indices.shape[-1] == blocks.n_k
+    if tail.name != "drop" and not every_block_is_exact:
+        rest = Rest.of(keys, values, block_map, blocks, tail, scale)
+        cost = 4 * blocks.size * (blocks.n_k + 3 * q.shape[3])  # fp32: logits, queries, two outputs
+        for part in chunks(queries, [cost] * blocks.n_q):
+            o[part], lse[part] = merge(o[part], lse[part], *rest(queries[part], *part))
     return uncut(o, q), uncut(lse, q)
 
 
@@ -61,38 +54,47 @@ def uncut(x: Tensor, like: Tensor) -> Tensor:
     return x.flatten(1, 2).unflatten(0, like.shape[:2])[:, :, : like.shape[2]]
 
 
-def chunks(block_map: BlockMap, keys: Tensor) -> Iterator[tuple[slice, slice, int]]:
-    """(heads, query blocks, widest row) of each chunk, so that the chunk gathers about the budget of the device."""
-    heads, n_q, width = len(keys), *block_map.indices.shape[2:]
-    budget = (CHUNK_BYTES_CPU if keys.device.type == "cpu" else CHUNK_BYTES) // (2 * keys[0, 0].nbytes)  # in blocks
-    widths = [width] * n_q if block_map.uniform else block_map.counts.amax((0, 1)).tolist()
-    spans, start, widest = [], 0, 0
-    for row, width in enumerate(widths):
-        if row > start and max(widest, width) * (row + 1 - start) > budget:
-            spans.append((slice(start, row), widest))
-            start, widest = row, 0
-        widest = max(widest, width)
-    spans.append((slice(start, n_q), widest))
-    group = max(1, budget // sum(widths))  # several heads in a chunk where whole heads are small
-    for head in range(0, heads, group):
-        for rows, widest in spans:
-            yield slice(head, min(head + group, heads)), rows, widest
+def chunks(queries: Tensor, costs: list[int]) -> Iterator[tuple[slice, slice]]:
+    """(heads, query blocks) of each chunk; costs: bytes that each query block takes, all of a chunk as the dearest."""
+    budget = CHUNK_BYTES_CPU if queries.device.type == "cpu" else CHUNK_BYTES
+    stops, dearest, start = [], 0, 0
+    for row, cost in enumerate(costs):
+        if row > start and max(dearest, cost) * (row + 1 - start) > budget:
+            stops.append(row)
+            dearest, start = 0, row
+        dearest = max(dearest, cost)
+    rows = [slice(*ends) for ends in zip([0, *stops], [*stops, len(costs)], strict=True)]
+    group = max(1, budget // (max(costs) * len(costs)))  # several heads at once where whole heads are small
+    for head in range(0, len(queries), group):
+        for some in rows:
+            yield slice(head, min(head + group, len(queries))), some
 
 
-def gather_buffer(keys: Tensor, parts: list[tuple[slice, slice, int]]) -> Tensor:
-    """Room for the gathered keys and values of the largest chunk, `[2, blocks, b * D]`, written again for every chunk.
+def exact(
+    queries: Tensor, keys: Tensor, values: Tensor, block_map: BlockMap, blocks: Blocks, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query block to its own key blocks: o `[G, Nq, b, D]`, lse `[G, Nq, b]` fp32."""
+    o = torch.empty_like(queries)
+    lse = torch.empty(queries.shape[:3], dtype=torch.float32, device=queries.device)
+    indices, bias = block_map.indices.flatten(0, 1), None  # [G, Nq, width]
+    widths = [indices.shape[-1]] * blocks.n_q if block_map.uniform else block_map.counts.amax((0, 1)).tolist()
+    parts = list(chunks(queries, [2 * keys[0, 0].nbytes * width for width in widths]))
+    most = max((heads.stop - heads.start) * (rows.stop - rows.start) * max(widths[rows]) for heads, rows in parts)
+    buffer = keys.new_empty(2, most, keys[0, 0].numel())  # one for all: page faults of fresh ones cost a CPU a fifth
+    for heads, rows in parts:
+        picked = indices[heads, rows, : max(widths[rows])]
+        if not (block_map.uniform and blocks.k_len % blocks.size == 0):
+            picked, bias = padding(picked, blocks)
+        own = (gather(x[heads], picked, out) for x, out in zip((keys, values), buffer, strict=True))
+        o[heads, rows], lse[heads, rows] = attention(queries[heads, rows], *own, bias, scale)
+    return o, lse
 
-    Fresh memory for each chunk costs a CPU a fifth of the whole call in page faults.
-    """
-    most = max((heads.stop - heads.start) * (rows.stop - rows.start) * width for heads, rows, width in parts)
-    return keys.new_empty(2, most, keys[0, 0].numel())
 
-
-def gather(blocks: Tensor, picked: Tensor, buffer: Tensor) -> Tensor:
-    """The tokens `[g, r, width * b, D]` of the blocks `picked` `[g, r, width]` out of each head's `[g, N, b, D]`."""
+def gather(blocks: Tensor, picked: Tensor, out: Tensor) -> Tensor:
+    """The tokens `[g, r, width * b, D]` of the blocks `picked` `[g, r, width]` of each head's `[g, N, b, D]`."""
     g, n, size, dim = blocks.shape
     first = torch.arange(0, g * n, n, dtype=picked.dtype, device=picked.device)[:, None, None]
-    out = buffer[: picked.numel()]
+    out = out[: picked.numel()]
     torch.index_select(blocks.view(g * n, size * dim), 0, (picked + first).flatten(), out=out)
     return out.view(*picked.shape[:2], -1, dim)
 
@@ -104,11 +106,6 @@ def padding(picked: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     picked = torch.where(used, picked, picked[..., :1])  # a block that is exact anyway: no other may be read
     hidden = torch.arange(blocks.size, device=picked.device) >= (lengths[picked] * used)[..., None]
     return picked, torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, MASKED).flatten(2)[:, :, None]
-
-
-def has_tail(block_map: BlockMap, tail: Tail) -> bool:
-    every_block_is_exact = block_map.uniform and block_map.indices.shape[-1] == block_map.n_k
-    return tail.name != "drop" and not every_block_is_exact
 
 
 @dataclass(frozen=True)
