@@ -45,7 +45,7 @@ usage: python -m harness plot [out=results/runs]
 
 BENCH_HELP = """Time one attention call on random inputs, dense and sparse in turn, by length and density.
 
-usage: python -m harness bench kernel [model.tokens=4096,32768] [model.heads=4] [model.head_dim=64] [sparsity=...] [engine=...]
+usage: python -m harness bench kernel [model.tokens=4096,32768] [model.heads=4] [model.head_dim=64] [engine=...]
 
 It is `sweep experiment=bench_kernel`: every override of sweep works. Error is against float64 dense attention.
 """

@@ -76,7 +76,7 @@ class Composer:
         return options(group, self.config_dirs)
 
     def experiment(self, overrides: list[str], default: str) -> list[str]:
-        """The overrides of `experiment=NAME` (conf/experiment/NAME.yaml) with the user's own in their place or behind."""
+        """The overrides of `experiment=NAME` (conf/experiment/NAME.yaml), the user's own in their place or behind."""
         name = next((o.split("=", 1)[1] for o in overrides if o.startswith("experiment=")), default)
         self._check_option("experiment", name)
         own = [o for o in overrides if not o.startswith("experiment=")]
@@ -245,7 +245,7 @@ def check_targets(node: Any, allow: str | None, where: str = "method") -> None:
 
 
 def build(node: dict[str, Any], allow: str | None = None, where: str = "method", **extra: Any) -> Any:
-    """The object that a config node describes. Raises InputError when its class cannot be had or refuses its settings."""
+    """The object that a config node describes. Raises InputError when it cannot be had or refuses its settings."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 

@@ -1,4 +1,4 @@
-"""What ran where: the fields of a record that say so, and digests of the code and weights that could change an answer."""
+"""What ran where: the fields of a record that say so, and digests of code and weights that could change an answer."""
 
 import hashlib
 import os

@@ -1,8 +1,8 @@
-"""Replaces a diffusion transformer's self-attention for the length of a `with` block, counts what ran, restores it after.
+"""Replaces a transformer's self-attention for the length of a `with` block, counts what ran, and restores it after.
 
-A session knows the layer (each layer has its own processor), the denoising step (from the scheduler, read before every
-forward) and the branch of classifier-free guidance (the n-th forward of a step). After every forward it checks that each
-layer was reached exactly once: a sparse run that silently stayed dense must not go unnoticed.
+A session knows the layer (each has its own processor), the denoising step (from the scheduler, read before every
+forward) and the branch of classifier-free guidance (the n-th forward of a step). After every forward it checks that
+each layer was reached exactly once: a sparse run that silently stayed dense must not go unnoticed.
 """
 
 import time

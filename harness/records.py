@@ -1,5 +1,6 @@
 """One JSON file per measured cell, named by what could change its answer; written atomically as soon as it is known."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from harness.errors import InputError
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+ARCHIVE = "records.jsonl.gz"
 VERSION = 1  # of the record's meaning; a new one makes every cell new
 
 
@@ -23,7 +25,7 @@ def key_of(identity: dict[str, Any]) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The file is there whole or not at all, also after a kill or a full disk. Raises InputError when it cannot be written."""
+    """The file is there whole or not at all, also after a kill. Raises InputError when it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -86,9 +88,20 @@ def load(out: Path) -> "DataFrame":
     import pandas as pd
 
     rows = Records(out).all()
+    if (packed := Path(out) / ARCHIVE).exists():
+        with gzip.open(packed, "rt") as lines:
+            rows += [json.loads(line) for line in lines]
     if not rows:
         raise InputError(f"there are no records in {out}: run `python -m harness sweep out={out}` first.")
     return pd.DataFrame(rows)
+
+
+def archive(out: Path, to: Path) -> Path:
+    """Packs all records of a folder into one file, a line each, for keeping in a repository; the same records give the
+    same bytes. `load` reads it too."""
+    lines = "".join(json.dumps(r, sort_keys=True) + "\n" for r in sorted(Records(out).all(), key=lambda r: r["key"]))
+    write_atomically(Path(to) / ARCHIVE, gzip.compress(lines.encode(), mtime=0))
+    return Path(to) / ARCHIVE
 
 
 def finite(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Procedural videos for the toy models, drawn by torch on any device: textured shapes that move over a drifting background.
+"""Procedural videos for the toy models, drawn by torch on any device: textured shapes move over a drifting background.
 
-What makes them need long-range attention: an object keeps its colour, its texture (which moves with it) and its path over
-all frames, may be hidden behind the other object and return, and the background is one pattern over the whole picture.
+What makes them need long-range attention: an object keeps its colour, its texture (which moves with it) and its path
+over all frames, may be hidden behind the other and return, and the background is one pattern over the whole picture.
 Look at some: `python scripts/toy_videos.py out.png`.
 """
 

@@ -34,7 +34,7 @@ class Caption:
 
     @classmethod
     def parse(cls, prompt: str) -> "Caption":
-        """Reads a prompt; slots left out get a usual word (plain, left, fog). Raises ValueError with the nearest word."""
+        """Reads a prompt; slots left out get a usual word (plain, left, fog). Raises ValueError for unknown words."""
         objects, background = [], "fog"
         for phrase in prompt.lower().replace(",", " ").split(" and "):
             found: dict[int, str] = {}
@@ -60,7 +60,9 @@ class Caption:
 
     def __str__(self) -> str:
         def say(colour: str, texture: str, shape: str, motion: str) -> str:
-            return f"{'an' if colour == 'orange' else 'a'} {colour} {texture} {shape} {motion if motion in ('circles', 'swings') else f'moves {motion}'}"
+            article = "an" if colour == "orange" else "a"
+            verb = motion if motion in ("circles", "swings") else f"moves {motion}"
+            return f"{article} {colour} {texture} {shape} {verb}"
 
         return " and ".join(say(*o) for o in self.objects) + f" over {self.background}"
 

@@ -111,9 +111,9 @@ class ToyWan:
         )
         if self.weights == "random":
             torch.manual_seed(0)
-            pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config).to(pipe.transformer.dtype)
+            pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config)
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self.device)
+        return pipe.to(self.device, getattr(torch, self.dtype))
 
     @property
     def transformer(self) -> Any:

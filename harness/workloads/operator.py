@@ -25,7 +25,7 @@ class Operator:
     repeats: int = 5
 
     def reference(self, model: Any, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """q, k, v of every site `[B, H, L, D]`, its grid, and the truth on the chosen rows `[B, H, rows, D]` float64."""
+        """q, k, v of every site `[B, H, L, D]`, its grid, and the truth on chosen rows `[B, H, rows, D]` float64."""
         kept = model.qkv(run.seed) if hasattr(model, "qkv") else self._capture(model, run)
         for site in sites(kept):
             q, k, v = (kept[f"{site}.{name}"].to(run.device) for name in "qkv")

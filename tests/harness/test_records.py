@@ -56,3 +56,13 @@ def test_an_unwritable_place_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="out="):
         Records(tmp_path / "file").check_writable()
+
+
+def test_an_archive_holds_the_same_records(tmp_path):
+    store = Records(tmp_path / "from")
+    for key in ("b", "a"):
+        store.save({"key": key, "psnr_db": 1.5, "created": key})
+    packed = records.archive(tmp_path / "from", tmp_path / "to")
+    first = packed.read_bytes()
+    assert records.archive(tmp_path / "from", tmp_path / "to").read_bytes() == first
+    assert sorted(records.load(tmp_path / "to")["key"]) == ["a", "b"]

@@ -11,11 +11,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness import sweep as sweep_module
+from harness import environment
+from harness.cells import plan
 from harness.config import Composer
 from harness.errors import InputError
+from harness.measure import product_path
 from harness.records import Records, load
-from harness.sweep import plan, product_path, sweep
+from harness.sweep import sweep
 
 LEAN = ["noise_floor=0", "seed=0"]
 
@@ -174,7 +176,7 @@ def test_the_key_follows_code_weights_and_machine(tiny_words, composer, monkeypa
         ("file_digest", lambda path: "x"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(sweep_module.environment, name, value)
+            patch.setattr(environment, name, value)
             assert not keys() & first, name
 
 

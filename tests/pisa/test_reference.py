@@ -68,7 +68,7 @@ def test_drop_is_softmax_over_the_exact_tokens(seed):
 
 
 def test_blockwise_first_is_the_taylor_expansion(seed):
-    """As the keys of a block draw together, the first order's error falls with their distance squared, zeroth's with it."""
+    """As the keys of a block draw together, first order's error falls with their distance squared, zeroth's with it."""
     blocks = Blocks(8, 16, 32)
     block_map, q, v = random_map(1, 1, blocks, uniform=True), normal(1, 1, 16, 32), normal(1, 1, 32, 32)
     block_map = BlockMap.from_indices(block_map.indices[..., :1].long(), blocks)  # one exact block: a large tail
