@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from harness.config import conf_dir
+
 AXES = ["order", "routing", "tail"]
 NO_DIFFERENCE = {
     "_target_",
@@ -22,7 +24,7 @@ Usual = Mapping[str, Mapping[str, str]]  # method -> axis -> option
 
 def usual_axes(folder: Path | None = None) -> dict[str, dict[str, str]]:
     """Order, routing and tail that each method in `folder` (conf/method) has unless they are overridden."""
-    folder = folder or Path(__file__).parents[1] / "conf" / "method"
+    folder = folder or conf_dir() / "method"
     usual = {}
     for path in sorted(folder.glob("*.yaml")):
         defaults = (yaml.safe_load(path.read_text()) or {}).get("defaults", [])

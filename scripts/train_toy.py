@@ -6,8 +6,8 @@
 Three stages share the time: short clips (4 frames: shapes, textures, words), whole videos (16 frames: paths,
 occlusion), then guidance distillation: the model learns to predict in one pass what classifier-free guidance would give
 in two, as FLUX.1-dev and HunyuanVideo do, so that a sample needs no second branch. Rectified flow:
-x_t = (1 - t) x + t noise, the model predicts noise - x. Hidden matrices learn with Muon, everything else with AdamW. Writes a folder that
-WanPipeline.from_pretrained loads, a log (train_log.json) and sample strips; a checkpoint every minute.
+x_t = (1 - t) x + t noise, the model predicts noise - x. Hidden matrices learn with Muon, the rest with AdamW. Writes a
+folder that WanPipeline.from_pretrained loads, a log (train_log.json) and sample strips; a checkpoint every minute.
 """
 
 import argparse

@@ -111,9 +111,10 @@ class ToyWan:
         )
         if self.weights == "random":
             torch.manual_seed(0)
-            pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config)
+            fresh = type(pipe.transformer).from_config(pipe.transformer.config)
+            pipe.transformer.load_state_dict(fresh.state_dict())
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self.device, getattr(torch, self.dtype))
+        return pipe.to(self.device)
 
     @property
     def transformer(self) -> Any:
