@@ -17,6 +17,7 @@ NO_DIFFERENCE = {
     "kernel",
     "repeats",
     "keep_frames",
+    "timed",
     "path",
 }  # options that do not make another method
 Usual = Mapping[str, Mapping[str, str]]  # method -> axis -> option
@@ -67,7 +68,7 @@ def _config_differences(records: pd.DataFrame) -> pd.Series:
     if "config" not in records:
         return text
     ignored = {*records.columns, *NO_DIFFERENCE}  # what has a column of its own is named by that
-    for _, rows in records.groupby(["model", "role", "variant", "method", *AXES], dropna=False):
+    for _, rows in records.groupby(["workload", "model", "role", "variant", "method", *AXES], dropna=False):
         options = pd.DataFrame(
             {i: dict(_leaves(config)) for i, config in rows["config"].items() if config}, dtype=object
         ).T

@@ -219,11 +219,12 @@ def _noise_floor(ax: Axes, floor: pd.DataFrame, y: Metric) -> None:
     style = {"ha": "right", "fontsize": 7.5, "color": FLOOR}
     for value, variants in names.items():
         name = f"noise floor: {', '.join(variants)}"
-        ax.annotate(name, (0.99, value), xycoords=("axes fraction", "data"), va="bottom", **style)
+        side, shift = ("bottom", 2) if y.better > 0 else ("top", -2)  # away from the curves
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (0, shift), "textcoords": "offset points"}
+        ax.annotate(name, (0.99, value), va=side, **place, **style)
     if far:
-        arrow, edge = ("↑", (0.99, 0.99)) if y.better > 0 else ("↓", (0.99, 0.01))
-        align = "top" if y.better > 0 else "bottom"
-        ax.annotate(f"{arrow} noise floor: {', '.join(far)}", edge, xycoords="axes fraction", va=align, **style)
+        arrow = "↑" if y.better > 0 else "↓"
+        ax.annotate(f"{arrow} noise floor: {', '.join(far)}", (1, 1.01), xycoords="axes fraction", va="bottom", **style)
 
 
 def _annotate(ax: Axes, methods: pd.DataFrame, x: Metric, y: Metric, styles: dict[str, Style]) -> None:
