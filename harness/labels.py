@@ -8,9 +8,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from harness.config import conf_dir
+from harness.config import AXES, conf_dir
 
-AXES = ["order", "routing", "tail"]
 NO_DIFFERENCE = {
     "_target_",
     "name",

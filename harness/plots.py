@@ -7,6 +7,7 @@ data as CSV. A method keeps its colour and marker in all figures of one model.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,13 +122,24 @@ def _figure(rows: pd.DataFrame, panels: Panels, heading: str, what: str) -> tupl
     for ax, (x, y) in zip(axes[0], panels, strict=True):
         _panel(ax, rows, x, y, styles)
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
+    _legend(figure, handles, names)
     heading += f"\n{_bars(methods)}"
     figure.suptitle(heading, fontsize=8, color="#444444", wrap=True)
     for ax, (x, y) in zip(axes[0], panels, strict=True):
         _annotate(ax, methods, x, y, styles)
     used = [c for metric in dict.fromkeys(m for panel in panels for m in panel) for c in _columns(metric)]
     return figure, rows[["role", "series", "label", "sparsity", "n", *used]]
+
+
+def _legend(figure: Figure, handles: list, names: list[str]) -> None:
+    """Below the axes, in as many columns as the width holds; the figure grows by the rows that this takes."""
+    for columns in range(min(4, len(names)), 0, -1):
+        legend = figure.legend(handles, names, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+            break
+        legend.remove()
+    rows = math.ceil(len(names) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
 
 
 def _bars(methods: pd.DataFrame) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from harness import statistics
-from harness.labels import AXES, Usual, labels
+from harness.config import AXES
+from harness.labels import Usual, labels
 
 SECTION = ["workload", "model", "weights", "machine", "protocol"]  # one table each: their numbers never mix
 SETTINGS = ["steps", "guidance", "dense_steps", "dense_layers", "dense_kernel"]
@@ -122,7 +123,7 @@ def _row(group: pd.DataFrame) -> dict:
 def paired(records: pd.DataFrame, against: str | None = None, usual: Usual | None = None) -> pd.DataFrame:
     """Differences between methods at equal sparsity and settings, paired by seed and prompt; one row per metric.
 
-    against: the label that all others are compared with; None compares every two.
+    against: the label that all others are compared with; None compares every two. changed: the axes that differ.
     value is the mean of label - against with low, high and half of its 95 % interval; for the metric speed_ratio it is
     how many times label is faster (geometric mean). wins counts the pairs in which label is better; verdict is better,
     worse, tie (the interval holds no difference) or None (one pair has no interval).
@@ -143,16 +144,19 @@ def check_label(labelled: pd.DataFrame, against: str | None) -> None:
 def compare(labelled: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """`paired` of labelled cells."""
     methods = labelled[labelled["role"].eq("method") & labelled["status"].eq("ok")]
+    places, measured = [*SECTION, "sparsity", *SETTINGS], [metric.column for metric in MEASURED]
     rows = []
-    places = [*SECTION, "sparsity", *SETTINGS]
     for key, group in methods.groupby(places, dropna=False):
         place = dict(zip(places, key, strict=True))
-        parts = dict(list(group.groupby("label")))
+        axes = group.groupby("label")[list(AXES)].first()
+        parts = dict(list(group.groupby("label")[[*CELL, *measured]]))
         for a, b in itertools.combinations(sorted(parts, key=lambda label: (label == against, label)), 2):
             if against in (None, b):
+                changed = [axis for axis in AXES if str(axes.loc[a, axis]) != str(axes.loc[b, axis])]
+                pair = {"label": a, "against": b, "changed": " ".join(changed)}
                 both = parts[a].merge(parts[b], on=CELL, suffixes=("_a", "_b"))
-                rows += [place | {"label": a, "against": b} | row for row in _pair_rows(both, place["workload"])]
-    names = ["label", "against", "metric", "n", "value", "low", "high", "half", "wins", "verdict"]
+                rows += [place | pair | row for row in _pair_rows(both, place["workload"])]
+    names = ["label", "against", "changed", "metric", "n", "value", "low", "high", "half", "wins", "verdict"]
     return pd.DataFrame(rows, columns=[*places, *names])
 
 

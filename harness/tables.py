@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +44,7 @@ __all__ = ["latex", "markdown", "paired", "print_tables", "summary", "write_all"
 
 DASH = "–"
 BOLD = "\x02", "\x03"  # marks around the best value until a writer knows how to print it
+FEW_PAIRS = 10  # up to five labels: all pairs are shown
 MIXED = ["git_commit", "torch", "diffusers", "gpu"]  # rows that mix these average over different programs
 METRICS = {metric.column: metric for metric in [*PICTURE, *ERROR]} | {"speed_ratio": SPEEDUP}
 
@@ -52,7 +52,7 @@ METRICS = {metric.column: metric for metric in [*PICTURE, *ERROR]} | {"speed_rat
 def print_tables(records: pd.DataFrame, console: Console | None = None, usual: Usual | None = None) -> None:
     """Print every table; in a pipe or file plain text of 120 columns, without colour or bold."""
     console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    for heading, tables, notes in _pages(records, None, usual):
+    for heading, tables, notes in _pages(cells(records, usual), None):
         console.print(f"\n{heading}", markup=False, style="bold")
         for frame in tables:
             table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -68,8 +68,63 @@ def print_tables(records: pd.DataFrame, console: Console | None = None, usual: U
 
 def markdown(records: pd.DataFrame, against: str | None = None, usual: Usual | None = None) -> str:
     """All tables as Markdown, each with a heading and the notes below it."""
+    return _as_markdown(_pages(cells(records, usual), against))
+
+
+def latex(records: pd.DataFrame, against: str | None = None, usual: Usual | None = None) -> str:
+    """All tables as LaTeX (booktabs); titles and notes are comments, for the author to use in the caption."""
+    return _as_latex(_pages(cells(records, usual), against))
+
+
+def write_all(
+    records: pd.DataFrame, out_dir: Path, against: str | None = None, usual: Usual | None = None
+) -> list[Path]:
+    """Write summary.csv, paired.csv and failures.csv (raw), tables.md and tables.tex (formatted) into `out_dir`."""
+    labelled = cells(records, usual)
+    pages = _pages(labelled, against)
+    bad = labelled[labelled["status"].ne("ok")]
+    texts = {
+        "summary.csv": summarise(labelled).to_csv(index=False),
+        "paired.csv": compare(labelled, against).to_csv(index=False),
+        "failures.csv": bad[[*SECTION, "status", "label", "sparsity", *SETTINGS, "seed", "reason"]].to_csv(index=False),
+        "tables.md": _as_markdown(pages),
+        "tables.tex": _as_latex(pages),
+    }
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (out_dir / name).write_text(text, encoding="utf-8")
+    return [out_dir / name for name in texts]
+
+
+# ----------------------------------------------------------------------------------------------- numbers into text
+Page = tuple[str, list[pd.DataFrame], list[str]]  # title, text tables, notes
+
+
+def _pages(labelled: pd.DataFrame, against: str | None) -> list[Page]:
+    """One page for every section. Raises ValueError when no method has the label `against`."""
+    check_label(labelled, against)
+    pages = []
+    for section in sections(labelled):
+        rows, pairs = summarise(section), compare(section, against)
+        shown = pairs if against else _controlled(pairs)
+        tables = [_summary_text(rows)] if len(rows) else []
+        tables += [_paired_text(shown)] if len(shown) else []
+        notes = _notes(section, rows)
+        if len(shown) < len(pairs):
+            notes.append("Pairs shown differ in at most one of order, routing and tail; paired.csv has all.")
+        pages.append((title(section), tables, notes))
+    return pages
+
+
+def _controlled(pairs: pd.DataFrame) -> pd.DataFrame:
+    """All pairs when they are few; of many only those that change one axis, so that the difference has one cause."""
+    few = len(pairs[["label", "against"]].drop_duplicates()) <= FEW_PAIRS
+    return pairs if few else pairs[pairs["changed"].str.split().map(len) <= 1]
+
+
+def _as_markdown(pages: list[Page]) -> str:
     parts = []
-    for heading, tables, notes in _pages(records, against, usual):
+    for heading, tables, notes in pages:
         parts.append(f"### {heading}")
         for frame in tables:
             text = frame.map(lambda cell: _marked(cell.replace("|", "\\|"), "**", "**"))
@@ -79,10 +134,9 @@ def markdown(records: pd.DataFrame, against: str | None = None, usual: Usual | N
     return "\n\n".join(parts) + "\n"
 
 
-def latex(records: pd.DataFrame, against: str | None = None, usual: Usual | None = None) -> str:
-    """All tables as LaTeX (booktabs); titles and notes are comments, for the author to use in the caption."""
+def _as_latex(pages: list[Page]) -> str:
     parts = []
-    for heading, tables, notes in _pages(records, against, usual):
+    for heading, tables, notes in pages:
         parts.append(f"% {heading}")
         for frame in tables:
             body = frame.to_latex(index=False, escape=True, column_format="l" + "r" * (len(frame.columns) - 1))
@@ -90,39 +144,6 @@ def latex(records: pd.DataFrame, against: str | None = None, usual: Usual | None
             parts.append(body.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$"))
         parts.append("\n".join(f"% {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
-
-
-def write_all(
-    records: pd.DataFrame, out_dir: Path, against: str | None = None, usual: Usual | None = None
-) -> list[Path]:
-    """Write summary.csv and paired.csv (raw numbers), tables.md and tables.tex (formatted) into `out_dir`."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    labelled = cells(records, usual)
-    bad = labelled[labelled["status"].ne("ok")]
-    texts = {
-        "summary.csv": summarise(labelled).to_csv(index=False),
-        "paired.csv": compare(labelled, against).to_csv(index=False),
-        "failures.csv": bad[[*SECTION, "status", "label", "sparsity", *SETTINGS, "seed", "reason"]].to_csv(index=False),
-        "tables.md": markdown(records, against, usual),
-        "tables.tex": latex(records, against, usual),
-    }
-    for name, text in texts.items():
-        (out_dir / name).write_text(text, encoding="utf-8")
-    return [out_dir / name for name in texts]
-
-
-# ----------------------------------------------------------------------------------------------- numbers into text
-def _pages(
-    records: pd.DataFrame, against: str | None, usual: Usual | None
-) -> Iterator[tuple[str, list[pd.DataFrame], list[str]]]:
-    """(title, text tables, notes) of every section."""
-    labelled = cells(records, usual)
-    check_label(labelled, against)
-    for section in sections(labelled):
-        rows, pairs = summarise(section), compare(section, against)
-        tables = [_summary_text(rows)] if len(rows) else []
-        tables += [_paired_text(pairs)] if len(pairs) else []
-        yield title(section), tables, _notes(section, rows)
 
 
 def varying_settings(rows: pd.DataFrame) -> list[str]:
@@ -154,6 +175,8 @@ def _summary_text(rows: pd.DataFrame) -> pd.DataFrame:
     text["n"] = rows["n"].astype(str)
     for metric in [LATENCY, SPEEDUP, *quality]:
         shown, values, halves = metric, rows[metric.column], rows[f"{metric.column}_half"]
+        if metric in (LATENCY, SPEEDUP) and values.isna().all():
+            continue  # an untimed sweep
         if metric is LATENCY:
             shown, values, halves = _latency(values, halves)
         shown_values = [_with_half(*pair, shown) for pair in zip(values, halves, strict=True)]

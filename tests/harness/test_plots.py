@@ -137,10 +137,16 @@ def test_no_text_lies_on_another():
         assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
 
 
-def test_legend_lies_below_the_axes():
-    figure = drawn(sweep(2))
+@pytest.mark.parametrize(
+    "names", [["a", "b"], [f"random_blocks order=raster tail=blockwise_first {i}" for i in range(9)]]
+)
+def test_legend_lies_below_the_axes_and_inside_the_figure(names):
+    records = pd.concat([sweep(1).assign(method=name) for name in names])
+    figure = drawn(records[records["role"].eq("method") & records["tail"].eq("hybrid")])
     legend = figure.legends[0].get_window_extent()
-    assert legend.y0 >= 0 and not legend.count_overlaps([ax.get_tightbbox() for ax in figure.axes])
+    assert not legend.count_overlaps([ax.get_tightbbox() for ax in figure.axes])
+    assert figure.bbox.contains(*legend.min) and figure.bbox.contains(*legend.max)
+    assert min(ax.bbox.height for ax in figure.axes) > 2.4 * figure.dpi  # inches: the axes keep their room
 
 
 @pytest.mark.parametrize(("floor", "line"), [(54.0, False), (39.0, True)])

@@ -172,6 +172,21 @@ def test_a_model_without_the_label_does_not_stop_the_others(records):
     assert "block_topk vs pisa" in tables.markdown(both, against="pisa", usual=USUAL)
 
 
+def test_of_many_pairs_the_page_shows_those_with_one_cause(tmp_path):
+    rows = [
+        record(order=order, tail=tail, seed=seed)
+        for order in ("raster", "tile_3d")
+        for tail in ("drop", "zeroth", "hybrid", "a", "b", "c")
+        for seed in (0, 1)
+    ]
+    tables.write_all(pd.DataFrame(rows), tmp_path, usual=USUAL)
+    text, table = (tmp_path / "tables.md").read_text(), pd.read_csv(tmp_path / "paired.csv")
+    assert len(table[["label", "against"]].drop_duplicates()) == 66  # twelve labels, every pair in the raw file
+    assert text.count(" vs pisa") == 15 + 15 + 6  # tails in each order, orders at each tail
+    assert "pisa order=tile_3d tail=drop vs pisa tail=drop" in text and "paired.csv has all" in text
+    assert tables.markdown(pd.DataFrame(rows), against="pisa", usual=USUAL).count(" vs pisa ") == 11  # all
+
+
 def test_lower_is_better_for_lpips():
     rows = [record(seed=s, lpips=0.1 + 0.01 * s) for s in range(4)]
     rows += [record(seed=s, lpips=0.2 + 0.011 * s, tail="zeroth") for s in range(4)]

@@ -115,10 +115,12 @@ def without_rescaling(q, k, v, block_map, blocks, group):
     """
     zeroth, lse = reference.attend(q, k, v, block_map, "zeroth")
     right = reference.attend(q, k, v, block_map, "hybrid")[0] - zeroth  # the first-order term
-    logits = q.double() @ blocks.mean(k).double().mT * q.shape[-1] ** -0.5
-    logits = logits.masked_fill(block_map.to_mask().repeat_interleave(blocks.size, 2)[:, :, : blocks.q_len], -torch.inf)
+    s, size = q.shape[-1] ** -0.5, blocks.size
+    exact = block_map.to_mask().repeat_interleave(size, 2)[:, :, : blocks.q_len]  # [B, H, Lq, Nk]
+    exact_tokens = exact.repeat_interleave(size, 3)[..., : blocks.k_len]
+    maximum = (s * q.double() @ k.double().mT).masked_fill(~exact_tokens, -torch.inf).amax(-1)  # after the exact tiles
+    logits = (s * q.double() @ blocks.mean(k).double().mT).masked_fill(exact, -torch.inf)
     mass, wrong = torch.zeros_like(lse), torch.zeros_like(lse)
-    maximum = reference.attend(q, k, v, block_map, "drop")[1]  # near enough to the running maximum of phase 1
     for columns in logits.split(group, -1):
         higher = torch.maximum(maximum, columns.amax(-1))
         added = (columns - higher[..., None]).exp().sum(-1)
