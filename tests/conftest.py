@@ -1,11 +1,13 @@
 """What every test shares: fresh seeds that a failure prints, NaN in fresh memory, gpu tests only where there is one."""
 
+import os
 import secrets
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS warns in the deterministic mode of `poisoned`
 settings.register_profile("default", deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
 

@@ -186,3 +186,12 @@ def test_records_are_plain_json_with_the_environment(tiny_words, composer):
         record = json.loads(path.read_text())
         assert record["key"] == path.stem and record["dense_kernel"] and record["torch"] and record["cpu"]
         assert record["config"]["model"]["steps"] == 2 and record["prompt"]
+
+
+def test_a_sweep_is_one_offline_wandb_run(tiny_words, composer, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert run([*tiny_words, *LEAN, "method=pisa", "sparsity=0.5", "tracker=wandb"], composer) == 0
+    out = Path(tiny_words[-1].split("=")[1])
+    runs = list({path.resolve() for path in out.rglob("run-*.wandb")})
+    assert len(runs) == 1 and runs[0].stat().st_size > 1000
+    assert "wandb sync" in capsys.readouterr().out
