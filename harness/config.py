@@ -52,7 +52,7 @@ class Composer:
     """Expands, composes and checks overrides against conf/ and the user's own config folders."""
 
     config_dirs: tuple[Path, ...] = ()
-    _bases: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    _bases: dict[tuple[tuple[str, ...], str | None], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from hydra._internal.hydra import Hydra
@@ -129,34 +129,35 @@ class Composer:
                 f"Known: {', '.join(known)} (`python -m harness list`)."
             )
 
-    def compose(self, cell: Iterable[tuple[str, str]]) -> Composed:
-        """Composes and resolves one cell. Raises InputError naming the near miss for an unknown option or key."""
+    def compose(self, cell: Iterable[tuple[str, str]], order: str | None = None) -> Composed:
+        """Composes and resolves one cell. Raises InputError naming the near miss for an unknown option or key.
+
+        order: what `method/order=model` stands for; None is what the model's config says.
+        """
         from omegaconf import OmegaConf
 
         cell = list(cell)
         groups = [(k, v) for k, v in cell if self.options(k.split("@")[0].lstrip("+~"))]
-        base, choices = self._base(tuple(f"{k}={v}" for k, v in groups))
+        base, choices = self._base(tuple(f"{k}={v}" for k, v in groups), order)
         config = copy.deepcopy(base)
         for key, text in cell:
             if (key, text) not in groups:
                 self._set(config, key, text)
         resolve_density(config)
         resolved = OmegaConf.to_container(config, resolve=True)
-        if (
-            choices["method"] == "dense"
-        ):  # its axes are there so that axis overrides parse in a sweep with other methods
+        if choices["method"] == "dense":  # its axes are there so that axis overrides parse beside other methods
             resolved["method"] = {k: v for k, v in resolved["method"].items() if k not in AXES}
         return Composed(resolved, choices)
 
-    def _base(self, overrides: tuple[str, ...]) -> tuple[Any, dict[str, str]]:
+    def _base(self, overrides: tuple[str, ...], order: str | None) -> tuple[Any, dict[str, str]]:
         """The composition of one choice of files, cached; `method/order=model` becomes the model's own order."""
-        if overrides not in self._bases:
+        if (overrides, order) not in self._bases:
             config, choices = self._load(overrides)
             if choices.get("method/order") == "model":
                 rest = [o for o in overrides if not o.startswith("method/order=")]
-                config, choices = self._load((*rest, f"method/order={config.model.order}"))
-            self._bases[overrides] = config, choices
-        return self._bases[overrides]
+                config, choices = self._load((*rest, f"method/order={order or config.model.order}"))
+            self._bases[overrides, order] = config, choices
+        return self._bases[overrides, order]
 
     def _load(self, overrides: tuple[str, ...]) -> tuple[Any, dict[str, str]]:
         from hydra.errors import HydraException

@@ -7,7 +7,7 @@ each layer was reached exactly once: a sparse run that silently stayed dense mus
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,21 +21,31 @@ Observer = Callable[["Session", int, Tensor, Tensor, Tensor], None]
 
 
 class Family(Protocol):
-    """What differs between transformer families: where self-attention sits and how tokens lie on the grid."""
+    """What differs between transformer families: where self-attention sits and how tokens lie on the grid.
+
+    order: what `method/order=model` means where no model config says it.
+    """
+
+    order: str
 
     def processors(self, transformer: nn.Module, session: "Session") -> dict[str, Any]:
-        """A processor for every self-attention layer, by its name in `transformer.attn_processors`."""
+        """A processor for every self-attention layer, by its name in `transformer.attn_processors`, in running order.
+
+        Raises ValueError when the attention is not the stock one (fused projections, adapters, other hooks).
+        """
 
     def grid(self, transformer: nn.Module, inputs: dict[str, Any]) -> Grid:
-        """The token grid of one forward, from its keyword arguments."""
+        """The token grid of one forward, from its keyword arguments; padding of the text is not counted."""
 
 
 @dataclass
 class Session:
     """One hooked transformer. `method` None keeps every call dense (the reference runs through the same code).
 
-    dense_steps, dense_layers: the first denoising steps and the first layers that stay dense.
-    observe: called with (session, layer, q, k, v), tensors `[B, H, L, D]`, before every self-attention.
+    dense_steps, dense_layers: the first denoising steps and the first transformer blocks that stay dense; a block with
+    two self-attentions (SD3.5 medium) counts once, though each is a layer of its own.
+    observe: called with (session, layer, q, k, v), tensors `[B, H, L, D]`, before every self-attention; `grid` is then
+    the grid of these tokens.
     """
 
     transformer: nn.Module
@@ -53,12 +63,15 @@ class Session:
     sparse_calls: int = field(default=0, init=False)
     dense_calls: int = field(default=0, init=False)
     forwards: int = field(default=0, init=False)
+    layers: int = field(default=0, init=False)
     density_sum: float = field(default=0.0, init=False)
 
     def __enter__(self) -> "Session":
         self._stock = dict(self.transformer.attn_processors)
         ours = self.family.processors(self.transformer, self)
         self.layers = len(ours)
+        blocks = [name.rsplit(".", 2)[0] for name in ours]  # "transformer_blocks.3.attn2.processor" sits in block 3
+        self._block = [list(dict.fromkeys(blocks)).index(block) for block in blocks]
         self._reached: list[int] = []
         self._seen: tuple[Any, Any] | None = None
         self._spans: list[tuple[Any, Any]] = []
@@ -87,19 +100,24 @@ class Session:
         if sorted(self._reached) != list(range(self.layers)):
             odd = [i for i in range(self.layers) if self._reached.count(i) != 1]
             raise RuntimeError(
-                f"the attention of layers {odd} was not reached exactly once in this forward: another hook, a cache or "
-                "fused projections replaced our processors. Attach to the plain pipeline."
+                f"the attention of layers {odd} was not reached exactly once in this forward: another hook, a cache, "
+                "skipped layers or fused projections went around our processors. Attach to the plain pipeline."
             )
         self.forwards += 1
 
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Self-attention of one layer; `[B, L, H, D]` in and out, as diffusers lays tensors out."""
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, text: int | None = None) -> Tensor:
+        """Self-attention of one layer; `[B, L, H, D]` in and out, as diffusers lays tensors out.
+
+        text: how many of these tokens are text, from families where layers of one forward differ in it.
+        """
         self._reached.append(layer)
+        if text is not None:
+            self.grid = replace(self.grid, text=text)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D] views
         if self.observe is not None:
             self.observe(self, layer, q, k, v)
         start = self._mark(q)
-        if self.method is None or self.step < self.dense_steps or layer < self.dense_layers:
+        if self.method is None or self.step < self.dense_steps or self._block[layer] < self.dense_layers:
             o = self.dense(q, k, v)
             self.dense_calls += 1
         else:
@@ -128,6 +146,8 @@ class Session:
         calls = self.sparse_calls + self.dense_calls
         exact = self.density_sum + self.dense_calls
         return {
+            "layers": self.layers,
+            "forwards": self.forwards,
             "sparse_calls": self.sparse_calls,
             "dense_calls": self.dense_calls,
             "density_realised": self.density_sum / self.sparse_calls if self.sparse_calls else 1.0,

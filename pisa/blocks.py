@@ -130,7 +130,9 @@ class BlockMap:
         return mask.scatter_(-1, column, True)[..., : self.n_k]
 
     def density(self) -> float:
-        """Realised density: the mean over batch, heads and query blocks of counts / Nk. Synchronises."""
+        """Realised density: the mean over batch, heads and query blocks of counts / Nk. Synchronises unless uniform."""
+        if self.uniform:
+            return self.indices.shape[-1] / self.n_k
         return self.counts.double().mean().item() / self.n_k
 
     def with_dense_rows(self, rows: slice) -> "BlockMap":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
+from harness.models.stock import check_stock
 from pisa import Grid
 
 if TYPE_CHECKING:
@@ -49,10 +50,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class WanFamily:
     """Wan's answers to the attention hook."""
 
+    order = "raster"
+
     def processors(self, transformer: nn.Module, session: "Session") -> dict[str, Any]:
-        if any(getattr(block.attn1, "fused_projections", False) for block in transformer.blocks):
-            raise ValueError("this Wan transformer has fused projections: call unfuse_qkv_projections() first.")
-        return {f"blocks.{i}.attn1.processor": WanSelfAttention(i, session) for i in range(len(transformer.blocks))}
+        names = [f"blocks.{i}.attn1.processor" for i in range(len(transformer.blocks))]
+        check_stock(transformer, names, WanAttnProcessor)
+        return {name: WanSelfAttention(layer, session) for layer, name in enumerate(names)}
 
     def grid(self, transformer: nn.Module, inputs: dict[str, Any]) -> Grid:
         frames, height, width = inputs["hidden_states"].shape[2:]

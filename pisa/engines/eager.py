@@ -6,8 +6,12 @@ a D x D matrix for every block. Nothing asks the device for a number unless the 
 G = B * H heads of the whole batch; g heads and r query blocks make a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from os import register_at_fork
+from threading import Barrier
 
 import torch
 from torch import Tensor
@@ -16,6 +20,7 @@ from ..blocks import BlockMap, Blocks
 from ..tail import Tail
 from .softmax import MASKED, attention, merge
 
+Parts = list[tuple[slice, slice]]  # (heads, query blocks) of each chunk
 CHUNK_BYTES_CPU = 4 << 20  # what a chunk gathers: it stays in the caches,
 CHUNK_BYTES = 256 << 20  # elsewhere few large launches
 
@@ -37,8 +42,12 @@ def attend(
     if tail.name != "drop" and not every_block_is_exact:
         rest = Rest.of(keys, values, block_map, blocks, tail, scale)
         cost = 4 * blocks.size * (blocks.n_k + 3 * q.shape[3])  # fp32: logits, queries, two outputs
-        for part in chunks(queries, [cost] * blocks.n_q):
-            o[part], lse[part] = merge(o[part], lse[part], *rest(queries[part], *part))
+
+        def add(parts: Parts) -> None:
+            for part in parts:
+                o[part], lse[part] = merge(o[part], lse[part], *rest(queries[part], *part))
+
+        in_threads(add, list(chunks(queries, [cost] * blocks.n_q)), queries.device)
     return uncut(o, q), uncut(lse, q)
 
 
@@ -76,18 +85,63 @@ def exact(
     """Attention of every query block to its own key blocks: o `[G, Nq, b, D]`, lse `[G, Nq, b]` fp32."""
     o = torch.empty_like(queries)
     lse = torch.empty(queries.shape[:3], dtype=torch.float32, device=queries.device)
-    indices, bias = block_map.indices.flatten(0, 1), None  # [G, Nq, width]
+    indices = block_map.indices.flatten(0, 1)  # [G, Nq, width]
     widths = [indices.shape[-1]] * blocks.n_q if block_map.uniform else block_map.counts.amax((0, 1)).tolist()
     parts = list(chunks(queries, [2 * keys[0, 0].nbytes * width for width in widths]))
     most = max((heads.stop - heads.start) * (rows.stop - rows.start) * max(widths[rows]) for heads, rows in parts)
-    buffer = keys.new_empty(2, most, keys[0, 0].numel())  # one for all: page faults of fresh ones cost a CPU a fifth
-    for heads, rows in parts:
-        picked = indices[heads, rows, : max(widths[rows])]
-        if not (block_map.uniform and blocks.k_len % blocks.size == 0):
-            picked, bias = padding(picked, blocks)
-        own = (gather(x[heads], picked, out) for x, out in zip((keys, values), buffer, strict=True))
-        o[heads, rows], lse[heads, rows] = attention(queries[heads, rows], *own, bias, scale)
+
+    def attend_to_own(parts: Parts) -> None:
+        buffer = keys.new_empty(
+            2, most, keys[0, 0].numel()
+        )  # one for all: page faults of fresh ones cost a CPU a fifth
+        for heads, rows in parts:
+            picked, bias = indices[heads, rows, : max(widths[rows])], None
+            if not (block_map.uniform and blocks.k_len % blocks.size == 0):
+                picked, bias = padding(picked, blocks)
+            own = (gather(x[heads], picked, out) for x, out in zip((keys, values), buffer, strict=True))
+            o[heads, rows], lse[heads, rows] = attention(queries[heads, rows], *own, bias, scale)
+
+    in_threads(attend_to_own, parts, queries.device)
     return o, lse
+
+
+def in_threads(work: Callable[[Parts], None], parts: Parts, device: torch.device) -> None:
+    """Calls `work` with shares of `parts`: on a CPU one for each thread of torch, which then computes alone.
+
+    The operators of one chunk are too small for all threads to share: they would wait for each other after each.
+    """
+    threads = min(torch.get_num_threads(), len(parts)) if device.type == "cpu" else 1
+    if threads == 1:
+        return work(parts)
+    inference = torch.is_inference_mode_enabled()
+
+    def share(number: int) -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # both belong to the thread that sets them
+            work(parts[number::threads])
+
+    for done in [pool(threads).submit(share, number) for number in range(threads)]:
+        done.result()  # raises what the share raised
+    return None
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which every operator of torch runs alone; they stay, since new ones would fault in fresh memory."""
+    before = torch.get_num_threads()
+    started = Barrier(threads)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    workers = ThreadPoolExecutor(threads, thread_name_prefix="pisa")
+    for done in [workers.submit(start) for _ in range(threads)]:
+        done.result()
+    torch.set_num_threads(before)  # threads that start later take the last number set, which was 1
+    return workers
+
+
+register_at_fork(after_in_child=pool.cache_clear)  # a forked process has none of them
 
 
 def gather(blocks: Tensor, picked: Tensor, out: Tensor) -> Tensor:
