@@ -6,11 +6,11 @@ a D x D matrix for every block. Nothing asks the device for a number unless the 
 G = B * H heads of the whole batch; g heads and r query blocks make a chunk.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from os import register_at_fork
 from threading import Barrier
 
 import torch
@@ -141,7 +141,8 @@ def pool(threads: int) -> ThreadPoolExecutor:
     return workers
 
 
-register_at_fork(after_in_child=pool.cache_clear)  # a forked process has none of them
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=pool.cache_clear)  # a forked process has none of these threads
 
 
 def gather(blocks: Tensor, picked: Tensor, out: Tensor) -> Tensor:
