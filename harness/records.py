@@ -30,6 +30,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
+            os.chmod(part, 0o644)  # a temporary file is its owner's alone
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
