@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, currently_in_test_context, given
 
 from pisa import BlockMap, Blocks, Tail, engines, reference
 from pisa.engines import FASTEST_FIRST, choose, eager
@@ -15,7 +15,7 @@ EAGER_BUDGET = {torch.float32: 1e-5, torch.float16: 2 * 2**-10, torch.bfloat16: 
 
 
 def can_run_here(name):
-    q = normal(1, 1, 64, 64)
+    q = normal(1, 1, 64, 64, torch.float16)
     block_map = BlockMap.from_indices(torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=DEVICE), Blocks(64, 64, 64))
     try:
         choose(name, q, block_map, Tail("hybrid"))
@@ -32,8 +32,8 @@ def run(engine, q, k, v, block_map, tail, scale=None):
     tail = Tail.of(tail)
     try:
         module = choose(engine, q, block_map, tail)
-    except ValueError:
-        assume(False)
+    except ValueError as refusal:
+        assume(False) if currently_in_test_context() else pytest.skip(str(refusal))
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
         return module.attend(q, k, v, block_map, tail, scale)
@@ -47,6 +47,11 @@ def budget(engine, q, k, v, block_map, tail, scale, truth):
     return 2 * relative_l2(run("eager", q, k, v, block_map, tail, scale)[0], truth) + torch.finfo(q.dtype).eps
 
 
+def lse_budget(engine, q):
+    """Others than eager may round the means of key blocks to q's dtype, and the tail's logits with them."""
+    return 2e-4 if engine == "eager" else 2e-4 + torch.finfo(q.dtype).eps
+
+
 @every_engine
 @given(case=cases())
 def test_engine_equals_the_definition(engine, case):
@@ -55,13 +60,12 @@ def test_engine_equals_the_definition(engine, case):
     o, lse = run(engine, *case.qkv, case.block_map, case.tail, scale)
     assert (o.dtype, o.shape, lse.dtype, lse.shape) == (case.q.dtype, case.q.shape, torch.float32, case.q.shape[:3])
     assert relative_l2(o, truth) <= budget(engine, *case.qkv, case.block_map, case.tail, scale, truth)
-    assert (lse - truth_lse).abs().max() < 2e-4
+    assert (lse - truth_lse).abs().max() < lse_budget(engine, case.q)
 
 
-@every_engine
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("many", [False, True], ids=["whole", "ragged"])
-def test_many_chunks_equal_the_definition(engine, tail, many, seed, monkeypatch):
+def test_many_chunks_of_eager_equal_the_definition(tail, many, seed, monkeypatch):
     """Chunks of less than a head, and of several heads, with counts that differ between and inside them."""
     blocks = Blocks(16, 300, 333) if many else Blocks(16, 256, 320)
     q, k, v = (normal(2, 3, n, 32) for n in (blocks.q_len, blocks.k_len, blocks.k_len))
@@ -69,11 +73,12 @@ def test_many_chunks_equal_the_definition(engine, tail, many, seed, monkeypatch)
         truth, truth_lse = reference.attend(q, k, v, block_map, tail)
         for chunk_bytes in (1, 100_000, 1_000_000):
             monkeypatch.setattr(eager, "CHUNK_BYTES_CPU", chunk_bytes)
-            o, lse = run(engine, q, k, v, block_map, tail)
+            o, lse = run("eager", q, k, v, block_map, tail)
             assert relative_l2(o, truth) < 1e-5
             assert (lse - truth_lse).abs().max() < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")  # interpreter
 @every_engine
 @given(case=cases(tails=("drop",)))
 def test_drop_never_reads_what_it_drops(engine, case):
@@ -89,7 +94,7 @@ def test_drop_never_reads_what_it_drops(engine, case):
         assert torch.equal(lse[:, :, rows], clean_lse[:, :, rows])
 
 
-def disagreeing_queries(blocks, dim=64):
+def disagreeing_queries(blocks, dtype, dim=64):
     """Clustered keys, and query blocks whose halves want opposite ends of them: half the rows meet rising tail logits.
 
     Keys of block j sit around a_j e_0 with a_j from -1 to 1, queries at +-g e_0, so the tail's logits of a row run from
@@ -105,7 +110,7 @@ def disagreeing_queries(blocks, dim=64):
     q[..., 0] = 4 * dim**0.5 * sign
     v = 10 * offset + normal(1, 2, blocks.k_len, dim) * 0.1
     middle = torch.full((1, 2, blocks.n_q, 1), blocks.n_k // 2, device=DEVICE)
-    return q, k, v, BlockMap.from_indices(middle, blocks)
+    return q.to(dtype), k.to(dtype), v.to(dtype), BlockMap.from_indices(middle, blocks)
 
 
 def without_rescaling(q, k, v, block_map, blocks, group):
@@ -129,17 +134,18 @@ def without_rescaling(q, k, v, block_map, blocks, group):
 
 
 @every_engine
-def test_the_tail_mass_follows_a_rising_maximum(engine, seed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_tail_mass_follows_a_rising_maximum(engine, dtype, seed):
     """Fails for a kernel that does not rescale the tail mass, and for a merge that forgets the tail's own maximum."""
-    blocks = Blocks(16, 128, 1024)
-    q, k, v, block_map = disagreeing_queries(blocks)
+    blocks = Blocks(16, 64, 2080)
+    q, k, v, block_map = disagreeing_queries(blocks, dtype)
     truth, truth_lse = reference.attend(q, k, v, block_map, "hybrid")
-    faulty, one_group = (without_rescaling(q, k, v, block_map, blocks, group) for group in (16, blocks.n_k))
+    faulty, one_group = (without_rescaling(q, k, v, block_map, blocks, group) for group in (64, blocks.n_k))
     assert relative_l2(faulty, truth) > 0.05, "the case does not show the fault"
     assert relative_l2(one_group, truth) < 1e-12, "the fault needs a second group"
     o, lse = run(engine, q, k, v, block_map, "hybrid")
     assert relative_l2(o, truth) <= budget(engine, q, k, v, block_map, "hybrid", None, truth)
-    assert (lse - truth_lse).abs().max() < 2e-4
+    assert (lse - truth_lse).abs().max() < lse_budget(engine, q)
 
 
 @pytest.mark.parametrize("tail", TAILS)
