@@ -18,7 +18,7 @@ from ..tail import Tail
 TAILS = ("drop", "zeroth", "hybrid")  # numbered as in pisa/kernels/attend.py
 HEAD_DIMS = (32, 64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
-GROUP = 64  # key blocks in a step of the tail; the means are padded to whole groups
+GROUP = 64  # key blocks in a step of the tail, as there; the means are padded to whole groups
 PROGRAMS = 256  # of statistics, about two per multiprocessor of a large GPU; each leaves one D x D fp32 sum
 
 

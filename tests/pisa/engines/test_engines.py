@@ -137,7 +137,7 @@ def without_rescaling(q, k, v, block_map, blocks, group):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_tail_mass_follows_a_rising_maximum(engine, dtype, seed):
     """Fails for a kernel that does not rescale the tail mass, and for a merge that forgets the tail's own maximum."""
-    blocks = Blocks(16, 64, 2080)
+    blocks = Blocks(16, 32, 2560)
     q, k, v, block_map = disagreeing_queries(blocks, dtype)
     truth, truth_lse = reference.attend(q, k, v, block_map, "hybrid")
     faulty, one_group = (without_rescaling(q, k, v, block_map, blocks, group) for group in (64, blocks.n_k))

@@ -81,7 +81,8 @@ def test_density_one_is_dense(told, dtype, seed):
     agree(q, k, v, full, "hybrid")
     o, lse = engine.attend(q, k, v, full, Tail("hybrid"))
     truth, truth_lse = reference.dense(q, k, v)
-    assert relative_l2(o, truth) <= 2 * torch.finfo(dtype).eps
+    # fp32 rounds every sum of a long row, fp16 only the weights and the output
+    assert relative_l2(o, truth) <= (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
     assert (lse - truth_lse).abs().max() < 1e-5
 
 
@@ -156,10 +157,10 @@ def test_a_refusal_names_what_would_do(shape, size, tail, dtype, reason):
     assert name_of(choose("auto", q, block_map, Tail(tail))) == "eager"
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="about machines without a GPU")
 def test_auto_never_emulates(monkeypatch):
     q, block_map = normal(1, 1, 64, 64, torch.float16), BlockMap(None, None, 64, 64, 64)
-    assert name_of(choose("auto", q, block_map, Tail("hybrid"))) == ("eager" if DEVICE == "cpu" else "triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if DEVICE == "cpu":
-        with pytest.raises(ValueError, match="needs a CUDA GPU, and q is on cpu: use engine eager"):
-            choose("triton", q, block_map, Tail("hybrid"))
+    assert name_of(choose("auto", q, block_map, Tail("hybrid"))) == "eager"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="needs a CUDA GPU, and q is on cpu: use engine eager"):
+        choose("triton", q, block_map, Tail("hybrid"))
