@@ -58,13 +58,17 @@ def check_method(config: dict[str, Any], model: Any, device: str) -> None:
         raise InputError(f"method.block_size must be from 1 to the {model.tokens} tokens of the model, got {size!r}.")
     engine = config["method"].get("engine", "auto")
     if engine != "auto":
-        import torch
+        ask_engine(engine, probe(device, model.dtype), getattr(method, "tail", "drop"))
 
-        from pisa import BlockMap, Blocks, Tail, engines
 
-        q = probe(device, model.dtype)
-        whole = BlockMap.from_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), Blocks(64, 64, 64))
-        engines.choose(engine, q, whole, getattr(method, "tail", Tail.of("drop")))
+def ask_engine(name: str, q: Any, tail: Any) -> None:
+    """Raises ValueError with the engine's own reason when it cannot run tensors like `q` `[1, 1, 64, 64]` here."""
+    import torch
+
+    from pisa import BlockMap, Blocks, Tail, engines
+
+    whole = BlockMap.from_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device), Blocks(64, 64, 64))
+    engines.choose(name, q, whole, Tail.of(tail))
 
 
 def build_model(config: dict[str, Any], device: str) -> Any:

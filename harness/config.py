@@ -47,7 +47,7 @@ class Composed:
     choices: dict[str, str]
 
 
-@dataclass
+@dataclass(eq=False)  # two composers are never the same one; the cache below asks for its identity
 class Composer:
     """Expands, composes and checks overrides against conf/ and the user's own config folders."""
 
@@ -200,9 +200,6 @@ class Composer:
     @lru_cache(maxsize=4096)  # noqa: B019  one composer lives as long as the process
     def _value(self, text: str) -> Any:
         return self.parser.parse_override(text).value()
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 _MISSING = object()

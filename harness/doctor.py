@@ -35,16 +35,15 @@ def engines() -> list[tuple[str, str]]:
     import torch
 
     from baselines import dense
-    from pisa import BlockMap, Blocks, Tail
-    from pisa import engines as pisa_engines
+    from harness.checks import ask_engine, probe
+    from pisa.engines import FASTEST_FIRST
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    q = torch.zeros(1, 1, 64, 64, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    whole = BlockMap.from_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), Blocks(64, 64, 64))
+    q = probe(device, "bfloat16" if device == "cuda" else "float32")
     facts = []
-    for name in pisa_engines.FASTEST_FIRST:
+    for name in FASTEST_FIRST:
         try:
-            pisa_engines.choose(name, q, whole, Tail.of("hybrid"))
+            ask_engine(name, q, "hybrid")
             facts.append((f"engine {name}", "runs here"))
         except ValueError as error:
             facts.append((f"engine {name}", str(error)))

@@ -16,8 +16,8 @@ from harness.records import Records, finite
 class Bench:
     """Builds what cells need, keeps the last model and reference at hand, and turns every outcome into a record."""
 
-    def __init__(self, out: Path, device: str, allow: str | None):
-        self.out, self.device, self.allow = out, environment.choose_device(device), allow
+    def __init__(self, device: str, allow: str | None):
+        self.device, self.allow = environment.choose_device(device), allow
         self._models: dict[str, Any] = {}
         self._reference: tuple[str, Any] = ("", None)
         self._warm: set[str] = set()

@@ -28,7 +28,7 @@ def sweep(words: list[str], composer: Composer, default_experiment: str = "main"
         list_cells(cells, todo)
         return 0
     tracker = build(settings["tracker"], where="tracker")
-    bench, started = Bench(Path(settings["out"]), settings["device"], settings["allow"]), time.monotonic()
+    bench, started = Bench(settings["device"], settings["allow"]), time.monotonic()
     with Progress(len(cells), len(cells) - len(todo)) as progress:
         try:
             for cell in todo:
@@ -42,7 +42,7 @@ def sweep(words: list[str], composer: Composer, default_experiment: str = "main"
             progress.say("stopped; nothing is lost. Run the same command again to go on.")
             return 130
     results = [r for cell in cells if (r := store.load(cell.key))]
-    show(results, Path(settings["out"]), settings, composer, tracker, overrides, redraw=bool(todo))
+    show(results, Path(settings["out"]), settings, tracker, overrides, redraw=bool(todo))
     progress.say(f"{len(todo)} measured, {len(cells) - len(todo)} already there, {time.monotonic() - started:.0f} s")
     return 0 if all(r["status"] == "ok" for r in results) and len(results) == len(cells) else EXIT_SOME_FAILED
 
@@ -68,7 +68,6 @@ def show(
     results: list[dict[str, Any]],
     out: Path,
     settings: dict[str, Any],
-    composer: Composer,
     tracker: Any,
     overrides: list[str],
     redraw: bool,
@@ -80,7 +79,7 @@ def show(
     from harness.views import draw
 
     records = pd.DataFrame(results)
-    media = draw(records, out, composer) if redraw or not (out / "tables.md").exists() else []
+    media = draw(records, out) if redraw or not (out / "tables.md").exists() else []
     print_tables(records)
     if redraw:
         spec = {"overrides": overrides, **{k: settings[k] for k in ("model", "workload", "metrics")}}

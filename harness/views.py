@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config import Composer
-
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def draw(records: "DataFrame", out: Path, composer: Composer | None = None) -> list[Path]:
+def draw(records: "DataFrame", out: Path) -> list[Path]:
     """Writes tables into `out` and pictures into `out/plots`; returns the pictures and videos."""
     from harness.filmstrip import comparison_video
     from harness.plots import draw_all

@@ -10,19 +10,23 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
-from harness.models.stock import check_stock, join, own_projections, project, text_projections
+from harness.models.stock import (
+    Replacement,
+    double_and_single,
+    join,
+    own_projections,
+    project,
+    replacements,
+    text_projections,
+)
 from pisa import Grid
 
 if TYPE_CHECKING:
     from harness.hook import Session
 
 
-class FluxSelfAttention(FluxAttnProcessor):
+class FluxSelfAttention(Replacement, FluxAttnProcessor):
     """The stock processor's arithmetic on public submodules, with the attention itself handed to the session."""
-
-    def __init__(self, layer: int, session: "Session"):
-        super().__init__()
-        self.layer, self.session = layer, session
 
     def __call__(
         self,
@@ -52,11 +56,8 @@ class FluxFamily:
     order = "tile_2d"
 
     def processors(self, transformer: nn.Module, session: "Session") -> dict[str, Any]:
-        names = [f"transformer_blocks.{i}.attn.processor" for i in range(len(transformer.transformer_blocks))]
-        singles = len(transformer.single_transformer_blocks)
-        names += [f"single_transformer_blocks.{i}.attn.processor" for i in range(singles)]
-        check_stock(transformer, names, FluxAttnProcessor)
-        return {name: FluxSelfAttention(layer, session) for layer, name in enumerate(names)}
+        names = double_and_single(transformer)
+        return replacements(transformer, names, FluxAttnProcessor, FluxSelfAttention, session)
 
     def grid(self, transformer: nn.Module, inputs: dict[str, Any]) -> Grid:
         """The latents come packed, so the size is read from the last image token's (0, row, column); one transfer."""

@@ -12,19 +12,23 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor, nn
 
-from harness.models.stock import check_stock, join, own_projections, project, text_projections
+from harness.models.stock import (
+    Replacement,
+    double_and_single,
+    join,
+    own_projections,
+    project,
+    replacements,
+    text_projections,
+)
 from pisa import Grid
 
 if TYPE_CHECKING:
     from harness.hook import Session
 
 
-class HunyuanVideoSelfAttention(HunyuanVideoAttnProcessor2_0):
+class HunyuanVideoSelfAttention(Replacement, HunyuanVideoAttnProcessor2_0):
     """The stock processor's arithmetic on public submodules, with the attention itself handed to the session."""
-
-    def __init__(self, layer: int, session: "Session"):
-        super().__init__()
-        self.layer, self.session = layer, session
 
     def __call__(
         self,
@@ -53,11 +57,8 @@ class HunyuanVideoFamily:
     order = "raster"
 
     def processors(self, transformer: nn.Module, session: "Session") -> dict[str, Any]:
-        names = [f"transformer_blocks.{i}.attn.processor" for i in range(len(transformer.transformer_blocks))]
-        singles = len(transformer.single_transformer_blocks)
-        names += [f"single_transformer_blocks.{i}.attn.processor" for i in range(singles)]
-        check_stock(transformer, names, HunyuanVideoAttnProcessor2_0)
-        return {name: HunyuanVideoSelfAttention(layer, session) for layer, name in enumerate(names)}
+        names = double_and_single(transformer)
+        return replacements(transformer, names, HunyuanVideoAttnProcessor2_0, HunyuanVideoSelfAttention, session)
 
     def grid(self, transformer: nn.Module, inputs: dict[str, Any]) -> Grid:
         """Counts the valid text tokens, the one transfer from the device in a forward."""

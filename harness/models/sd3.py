@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from harness.models.stock import check_stock, join, own_projections, project, text_projections
+from harness.models.stock import (
+    Replacement,
+    join,
+    own_projections,
+    project,
+    replacements,
+    text_projections,
+)
 from pisa import Grid
 
 if TYPE_CHECKING:
     from harness.hook import Session
 
 
-class SD3SelfAttention(JointAttnProcessor2_0):
+class SD3SelfAttention(Replacement, JointAttnProcessor2_0):
     """The stock processor's arithmetic on public submodules, with the attention itself handed to the session."""
-
-    def __init__(self, layer: int, session: "Session"):
-        super().__init__()
-        self.layer, self.session = layer, session
 
     def __call__(
         self,
@@ -55,8 +58,7 @@ class SD3Family:
             names.append(f"transformer_blocks.{i}.attn.processor")
             if block.attn2 is not None:
                 names.append(f"transformer_blocks.{i}.attn2.processor")
-        check_stock(transformer, names, JointAttnProcessor2_0)
-        return {name: SD3SelfAttention(layer, session) for layer, name in enumerate(names)}
+        return replacements(transformer, names, JointAttnProcessor2_0, SD3SelfAttention, session)
 
     def grid(self, transformer: nn.Module, inputs: dict[str, Any]) -> Grid:
         height, width = inputs["hidden_states"].shape[2:]

@@ -1,9 +1,35 @@
 """What the families share: only stock attention is replaced, and the projections of a joint attention."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from harness.hook import Session
+
+
+class Replacement:
+    """What every family's processor has beside the stock class it is mixed into: its layer and its session."""
+
+    def __init__(self, layer: int, session: "Session"):
+        super().__init__()
+        self.layer, self.session = layer, session
+
+
+def replacements(
+    transformer: nn.Module, names: list[str], stock: type, replacement: type[Replacement], session: "Session"
+) -> dict[str, Any]:
+    """A `replacement` for each of `names`, numbered in their order. Raises as `check_stock`."""
+    check_stock(transformer, names, stock)
+    return {name: replacement(layer, session) for layer, name in enumerate(names)}
+
+
+def double_and_single(transformer: nn.Module) -> list[str]:
+    """The joint attentions of FLUX and HunyuanVideo in running order: double blocks, then single blocks."""
+    kinds = ("transformer_blocks", "single_transformer_blocks")
+    return [f"{kind}.{i}.attn.processor" for kind in kinds for i in range(len(getattr(transformer, kind)))]
 
 
 def check_stock(transformer: nn.Module, names: Iterable[str], stock: type) -> None:

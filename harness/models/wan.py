@@ -8,19 +8,15 @@ from typing import TYPE_CHECKING, Any
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from harness.models.stock import check_stock
+from harness.models.stock import Replacement, replacements
 from pisa import Grid
 
 if TYPE_CHECKING:
     from harness.hook import Session
 
 
-class WanSelfAttention(WanAttnProcessor):
+class WanSelfAttention(Replacement, WanAttnProcessor):
     """The stock processor's arithmetic on public submodules, with the attention itself handed to the session."""
-
-    def __init__(self, layer: int, session: "Session"):
-        super().__init__()
-        self.layer, self.session = layer, session
 
     def __call__(
         self,
@@ -54,8 +50,7 @@ class WanFamily:
 
     def processors(self, transformer: nn.Module, session: "Session") -> dict[str, Any]:
         names = [f"blocks.{i}.attn1.processor" for i in range(len(transformer.blocks))]
-        check_stock(transformer, names, WanAttnProcessor)
-        return {name: WanSelfAttention(layer, session) for layer, name in enumerate(names)}
+        return replacements(transformer, names, WanAttnProcessor, WanSelfAttention, session)
 
     def grid(self, transformer: nn.Module, inputs: dict[str, Any]) -> Grid:
         frames, height, width = inputs["hidden_states"].shape[2:]
