@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..blocks import BlockMap, Blocks
 from ..tail import Tail
-from .softmax import MASKED, attention, merge
+from .softmax import MASKED, attention, merge_
 
 Parts = list[tuple[slice, slice]]  # (heads, query blocks) of each chunk
-CHUNK_BYTES_CPU = 4 << 20  # what a chunk gathers: it stays in the caches,
+GATHERED_BYTES_CPU = 4 << 20  # what a chunk of the exact part gathers: it stays in the caches
+TAIL_BYTES_CPU = 16 << 20  # a chunk of the tail: from 192 query blocks on, torch's kernel takes larger tiles
 CHUNK_BYTES = 256 << 20  # elsewhere few large launches
 
 
@@ -41,13 +42,14 @@ def attend(
     every_block_is_exact = block_map.uniform and block_map.indices.shape[-1] == blocks.n_k
     if tail.name != "drop" and not every_block_is_exact:
         rest = Rest.of(keys, values, block_map, blocks, tail, scale)
-        cost = 4 * blocks.size * (blocks.n_k + 3 * q.shape[3])  # fp32: logits, queries, two outputs
+        logits = 0 if q.device.type == "cpu" and tail.name != "blockwise_first" else blocks.n_k  # not always in memory
+        cost = 4 * blocks.size * (logits + 3 * q.shape[3])  # fp32: logits, queries, two outputs
 
         def add(parts: Parts) -> None:
             for part in parts:
-                o[part], lse[part] = merge(o[part], lse[part], *rest(queries[part], *part))
+                merge_(o[part], lse[part], *rest(queries[part], *part))
 
-        in_threads(add, list(chunks(queries, [cost] * blocks.n_q)), queries.device)
+        in_threads(add, list(chunks(queries, [cost] * blocks.n_q, TAIL_BYTES_CPU)), queries.device)
     return uncut(o, q), uncut(lse, q)
 
 
@@ -63,9 +65,12 @@ def uncut(x: Tensor, like: Tensor) -> Tensor:
     return x.flatten(1, 2).unflatten(0, like.shape[:2])[:, :, : like.shape[2]]
 
 
-def chunks(queries: Tensor, costs: list[int]) -> Iterator[tuple[slice, slice]]:
-    """(heads, query blocks) of each chunk; costs: bytes that each query block takes, all of a chunk as the dearest."""
-    budget = CHUNK_BYTES_CPU if queries.device.type == "cpu" else CHUNK_BYTES
+def chunks(queries: Tensor, costs: list[int], on_cpu: int) -> Iterator[tuple[slice, slice]]:
+    """(heads, query blocks) of each chunk; costs: bytes that each query block takes, all of a chunk as the dearest.
+
+    on_cpu: the bytes of a chunk on a CPU.
+    """
+    budget = on_cpu if queries.device.type == "cpu" else CHUNK_BYTES
     stops, dearest, start = [], 0, 0
     for row, cost in enumerate(costs):
         if row > start and max(dearest, cost) * (row + 1 - start) > budget:
@@ -87,19 +92,23 @@ def exact(
     lse = torch.empty(queries.shape[:3], dtype=torch.float32, device=queries.device)
     indices = block_map.indices.flatten(0, 1)  # [G, Nq, width]
     widths = [indices.shape[-1]] * blocks.n_q if block_map.uniform else block_map.counts.amax((0, 1)).tolist()
-    parts = list(chunks(queries, [2 * keys[0, 0].nbytes * width for width in widths]))
+    parts = list(chunks(queries, [2 * keys[0, 0].nbytes * width for width in widths], GATHERED_BYTES_CPU))
     most = max((heads.stop - heads.start) * (rows.stop - rows.start) * max(widths[rows]) for heads, rows in parts)
+    full = block_map.uniform and blocks.k_len % blocks.size == 0
+    # Blocks numbered through all heads, once: K and V of every chunk are then picked with the same numbers.
+    head = torch.arange(0, len(keys) * blocks.n_k, blocks.n_k, dtype=indices.dtype, device=indices.device)
+    numbers = torch.where(indices < 0, indices[..., :1], indices) + head[:, None, None]  # fill: a block that is exact
+    tables = [x.view(-1, blocks.size * x.shape[3]) for x in (keys, values)]  # [G * Nk, b * D]
 
     def attend_to_own(parts: Parts) -> None:
-        buffer = keys.new_empty(
-            2, most, keys[0, 0].numel()
-        )  # one for all: page faults of fresh ones cost a CPU a fifth
+        # One buffer for all chunks: the page faults of fresh ones cost a CPU a fifth.
+        buffers = keys.new_empty(2, most, blocks.size * keys.shape[3])
         for heads, rows in parts:
-            picked, bias = indices[heads, rows, : max(widths[rows])], None
-            if not (block_map.uniform and blocks.k_len % blocks.size == 0):
-                picked, bias = padding(picked, blocks)
-            own = (gather(x[heads], picked, out) for x, out in zip((keys, values), buffer, strict=True))
-            o[heads, rows], lse[heads, rows] = attention(queries[heads, rows], *own, bias, scale)
+            q, width = queries[heads, rows], max(widths[rows])
+            picked = numbers[heads, rows, :width].flatten()
+            k, v = (gather(*x, picked).view(*q.shape[:2], -1, q.shape[3]) for x in zip(tables, buffers, strict=True))
+            bias = None if full else padding(indices[heads, rows, :width], blocks)
+            o[heads, rows], lse[heads, rows] = attention(q, k, v, bias, scale)
 
     in_threads(attend_to_own, parts, queries.device)
     return o, lse
@@ -145,22 +154,18 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=pool.cache_clear)  # a forked process has none of these threads
 
 
-def gather(blocks: Tensor, picked: Tensor, out: Tensor) -> Tensor:
-    """The tokens `[g, r, width * b, D]` of the blocks `picked` `[g, r, width]` of each head's `[g, N, b, D]`."""
-    g, n, size, dim = blocks.shape
-    first = torch.arange(0, g * n, n, dtype=picked.dtype, device=picked.device)[:, None, None]
-    out = out[: picked.numel()]
-    torch.index_select(blocks.view(g * n, size * dim), 0, (picked + first).flatten(), out=out)
-    return out.view(*picked.shape[:2], -1, dim)
+def gather(table: Tensor, buffer: Tensor, picked: Tensor) -> Tensor:
+    """The rows `picked` of `table`, in the first rows of `buffer`."""
+    return torch.index_select(table, 0, picked, out=buffer[: len(picked)])
 
 
-def padding(picked: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Safe indices and the bias `[g, r, 1, width * b]` that hides the fill of short rows and of a short last block."""
+def padding(picked: Tensor, blocks: Blocks) -> Tensor:
+    """The bias `[g, r, 1, width * b]` that hides the fill of short rows and of a short last block."""
     lengths = blocks.lengths(blocks.k_len, picked.device)
-    used = picked >= 0
-    picked = torch.where(used, picked, picked[..., :1])  # a block that is exact anyway: no other may be read
-    hidden = torch.arange(blocks.size, device=picked.device) >= (lengths[picked] * used)[..., None]
-    return picked, torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, MASKED).flatten(2)[:, :, None]
+    hidden = (
+        torch.arange(blocks.size, device=picked.device) >= (lengths[picked.clamp(min=0)] * (picked >= 0))[..., None]
+    )
+    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, MASKED).flatten(2)[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -184,23 +189,37 @@ class Rest:
         kbar, vbar = (x.sum(2, dtype=torch.float32) / lengths for x in (keys, values))  # [G, Nk, D]
         bias = torch.where(block_map.to_mask().flatten(0, 1), MASKED, lengths.squeeze(1).log())
         slope = slopes = None
-        if tail.name in ("hybrid", "blockwise_first"):
-            centred = keys - kbar[:, :, None]  # fp32; the fill of a short block meets values of zero below
-            if tail.name == "hybrid":
-                total = centred.flatten(1, 2).mT @ values.float().flatten(1, 2)  # sum_j H_j, [G, D, D]
-                slope = total * (scale / blocks.k_len)
-            else:
-                slopes = centred * scale / lengths[:, None], values.float()
+        if tail.name == "hybrid":
+            slope = sum_of_slopes(keys, values, kbar) * (scale / blocks.k_len)
+        if tail.name == "blockwise_first":  # fp32; the fill of a short block meets values of zero
+            slopes = (keys - kbar[:, :, None]) * (scale / lengths[:, None]), values.float()
         return cls(kbar[:, None], vbar[:, None], bias, slope, slopes, scale)
 
     def __call__(self, q: Tensor, heads: slice, rows: slice) -> tuple[Tensor, Tensor]:
-        q, bias = q.float(), self.bias[heads, rows, None]  # [g, r, b, D], [g, r, 1, Nk]
-        keys, values = (x[heads].expand(-1, q.shape[1], -1, -1) for x in (self.keys, self.values))
-        o, lse = attention(q, keys, values, bias, self.scale)
+        q, bias = q.float(), self.bias[heads, None, rows]  # [g, r, b, D], [g, 1, r, Nk]
+        # The n-th tokens of all query blocks make one attention, in whose bias nothing repeats: long tiles, small bias.
+        keys, values = (x[heads].expand(-1, q.shape[2], -1, -1) for x in (self.keys, self.values))
+        o, lse = (x.transpose(1, 2) for x in attention(q.transpose(1, 2), keys, values, bias, self.scale))
         if self.slope is not None:
-            o = o + (q.flatten(1, 2) @ self.slope[heads]).view_as(q)
+            o = o.flatten(1, 2).baddbmm_(q.flatten(1, 2), self.slope[heads]).view_as(q)
         if self.slopes is not None:
-            p = (q @ keys.mT * self.scale + bias - lse[..., None]).exp()  # [g, r, b, Nk]
+            p = (q @ self.keys[heads].mT * self.scale + bias.transpose(1, 2) - lse[..., None]).exp()  # [g, r, b, Nk]
             for j, (k, v) in enumerate(zip(*(x[heads].unbind(1) for x in self.slopes), strict=True)):
                 o = o + p[..., j, None] * (q @ (k.mT @ v)[:, None])  # one H_j at a time
         return o, lse
+
+
+def sum_of_slopes(keys: Tensor, values: Tensor, kbar: Tensor) -> Tensor:
+    """sum_j H_j `[G, D, D]` fp32. Centring before the product keeps keys with a large mean exact."""
+    total = torch.zeros(len(keys), keys.shape[3], keys.shape[3], device=keys.device)
+    on_cpu = keys.device.type == "cpu"
+    few = 32 if on_cpu else keys.shape[1]  # blocks at a time: the centred keys stay in the caches
+
+    def add(parts: Parts) -> None:
+        for heads, _ in parts:
+            for k, v, mean in zip(*(x[heads].split(few, dim=1) for x in (keys, values, kbar)), strict=True):
+                total[heads].baddbmm_((k - mean[:, :, None]).flatten(1, 2).mT, v.float().flatten(1, 2))
+
+    each = range(len(keys)) if on_cpu else ()
+    in_threads(add, [(slice(g, g + 1), slice(None)) for g in each] or [(slice(None), slice(None))], keys.device)
+    return total

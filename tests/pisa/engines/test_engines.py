@@ -72,7 +72,8 @@ def test_many_chunks_of_eager_equal_the_definition(tail, many, seed, monkeypatch
     for block_map in (random_map(2, 3, blocks, uniform=False), random_map(2, 3, blocks, uniform=True)):
         truth, truth_lse = reference.attend(q, k, v, block_map, tail)
         for chunk_bytes in (1, 100_000, 1_000_000):
-            monkeypatch.setattr(eager, "CHUNK_BYTES_CPU", chunk_bytes)
+            monkeypatch.setattr(eager, "GATHERED_BYTES_CPU", chunk_bytes)
+            monkeypatch.setattr(eager, "TAIL_BYTES_CPU", chunk_bytes)
             o, lse = run("eager", q, k, v, block_map, tail)
             assert relative_l2(o, truth) < 1e-5
             assert (lse - truth_lse).abs().max() < 1e-4
@@ -151,7 +152,8 @@ def test_the_tail_mass_follows_a_rising_maximum(engine, dtype, seed):
 @pytest.mark.parametrize("tail", TAILS)
 def test_eager_never_makes_a_large_matrix(tail, seed, monkeypatch):
     """No L x L matrix, no D x D matrix per block: the largest tensor is an input or a chunk."""
-    monkeypatch.setattr(eager, "CHUNK_BYTES_CPU", 1 << 17)
+    monkeypatch.setattr(eager, "GATHERED_BYTES_CPU", 1 << 17)
+    monkeypatch.setattr(eager, "TAIL_BYTES_CPU", 1 << 17)
     blocks = Blocks(16, 2048, 2048)
     q, k, v = (normal(1, 1, 2048, 128, device="cpu") for _ in range(3))
     block_map = random_map(1, 1, blocks, uniform=True, device="cpu")
