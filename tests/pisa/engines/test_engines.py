@@ -165,14 +165,15 @@ def test_eager_never_makes_a_large_matrix(tail, seed, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("k_len", [1024, 1000])
 def test_eager_never_waits_for_the_gpu(tail, k_len, seed):
     blocks = Blocks(64, 1024, k_len)
     q, k, v = (normal(1, 2, n, 64, torch.bfloat16) for n in (1024, k_len, k_len))
     block_map = BlockMap.from_indices(torch.rand(1, 2, 16, 16, device=DEVICE).topk(3).indices, blocks)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         eager.attend(q, k, v, block_map, Tail(tail))
     finally:
         torch.cuda.set_sync_debug_mode("default")
