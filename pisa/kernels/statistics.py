@@ -1,8 +1,7 @@
 """What attention needs of whole blocks, each computed once: their means, sum_j H_j, and the block map as bits.
 
 For key block j with n_j tokens: kbar_j and vbar_j means, H_j = sum_n (k_n - kbar_j)^T v_n, a D x D matrix. Only sums of
-H_j over many blocks leave the registers. K and V are read once; centring before the product instead of subtracting
-n_j kbar_j^T vbar_j after it keeps keys with a large mean exact.
+H_j over many blocks leave the registers. K and V are read once, straight into the tensor cores.
 """
 
 import triton
@@ -31,45 +30,94 @@ def statistics_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Program (p, head): key blocks p * per_program and following of one head."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     k_ptr += head // heads * k_stride_b + head % heads * k_stride_h
     v_ptr += head // heads * v_stride_b + head % heads * v_stride_h
     dims = tl.arange(0, HEAD_DIM)
+    rows = tl.arange(0, ROWS)
     slope = tl.zeros([HEAD_DIM, HEAD_DIM], tl.float32)
-    n_blocks = (k_len + BLOCK - 1) // BLOCK
-    start = program * per_program
-    end = tl.minimum(start + per_program, n_padded)
-    for j in tl.range(start, tl.minimum(end, n_blocks)):
-        inside = (j * BLOCK + tl.arange(0, BLOCK) < k_len)[:, None]
-        k = tl.load(tile_ptrs(k_ptr, j, k_stride_l, BLOCK, HEAD_DIM), mask=inside, other=0.0)
-        v = tl.load(tile_ptrs(v_ptr, j, v_stride_l, BLOCK, HEAD_DIM), mask=inside, other=0.0)
-        n = tl.minimum(k_len - j * BLOCK, BLOCK).to(tl.float32)
-        kbar = tl.sum(k.to(tl.float32), 0) / n
-        vbar = tl.sum(v.to(tl.float32), 0) / n
-        row = (head * n_padded + j) * HEAD_DIM + dims
-        tl.store(kbar_ptr + row, kbar.to(k.dtype))
-        tl.store(vbar_ptr + row, vbar.to(v.dtype))
-        if FIRST_ORDER:  # the fill of a short block meets values of zero
-            centred = (k.to(tl.float32) - kbar[None, :]).to(k.dtype)
-            slope = tl.dot(tl.trans(centred), v, slope, input_precision="ieee")
-    for j in tl.range(tl.maximum(start, n_blocks), end):
-        row = (head * n_padded + j) * HEAD_DIM + dims
-        tl.store(kbar_ptr + row, tl.zeros_like(dims).to(kbar_ptr.dtype.element_ty))
-        tl.store(vbar_ptr + row, tl.zeros_like(dims).to(vbar_ptr.dtype.element_ty))
+    end = tl.minimum((program + 1) * per_program, n_padded)
+    for first in tl.range(program * per_program, end, ROWS):
+        k_sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        v_sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        some_end = tl.minimum(first + ROWS, end)
+        whole = tl.minimum(some_end, k_len // BLOCK)
+        for j in tl.range(first, whole):
+            k = tl.load(tile_ptrs(k_ptr, j, k_stride_l, BLOCK, HEAD_DIM))
+            v = tl.load(tile_ptrs(v_ptr, j, v_stride_l, BLOCK, HEAD_DIM))
+            k_sums, v_sums, slope = add_block(k_sums, v_sums, slope, k, v, j - first, FIRST_ORDER)
+        for j in tl.range(tl.maximum(whole, first), tl.minimum(some_end, tl.cdiv(k_len, BLOCK))):  # a short block
+            inside = (j * BLOCK + tl.arange(0, BLOCK) < k_len)[:, None]
+            k = tl.load(tile_ptrs(k_ptr, j, k_stride_l, BLOCK, HEAD_DIM), mask=inside, other=0.0)
+            v = tl.load(tile_ptrs(v_ptr, j, v_stride_l, BLOCK, HEAD_DIM), mask=inside, other=0.0)
+            k_sums, v_sums, slope = add_block(k_sums, v_sums, slope, k, v, j - first, FIRST_ORDER)
+        n = tl.minimum(tl.maximum(k_len - (first + rows) * BLOCK, 1), BLOCK).to(tl.float32)
+        kbar, vbar = k_sums / n[:, None], v_sums / n[:, None]
+        means = (head * n_padded + first + rows[:, None]) * HEAD_DIM + dims[None, :]
+        in_range = (first + rows < some_end)[:, None]
+        tl.store(kbar_ptr + means, kbar.to(kbar_ptr.dtype.element_ty), mask=in_range)
+        tl.store(vbar_ptr + means, vbar.to(vbar_ptr.dtype.element_ty), mask=in_range)
+        if FIRST_ORDER:  # less sum_j n_j kbar_j^T vbar_j, each factor in two parts: one alone would be rounded
+            k_high, k_low = two_parts(-k_sums, kbar_ptr.dtype.element_ty)
+            v_high, v_low = two_parts(vbar, vbar_ptr.dtype.element_ty)
+            slope = tl.dot(tl.trans(k_high), v_high, slope, input_precision="ieee")
+            slope = tl.dot(tl.trans(k_high), v_low, slope, input_precision="ieee")
+            slope = tl.dot(tl.trans(k_low), v_high, slope, input_precision="ieee")
     if FIRST_ORDER:
         tile = (head * tl.num_programs(0) + program) * HEAD_DIM
         tl.store(slopes_ptr + (tile + dims[:, None]) * HEAD_DIM + dims[None, :], slope)
 
 
-@triton.jit(do_not_specialize=["width", "n_words"])
+@triton.jit
+def add_block(k_sums, v_sums, slope, k, v, row, FIRST_ORDER: tl.constexpr):
+    """Adds k^T v to slope, and the tokens of k and v to one row of the sums: by a product, for which the tile is ready
+    where it lies, while a sum over its rows would first spread it over all threads."""
+    own = tl.arange(0, k_sums.shape[0])[:, None] == row
+    pick = tl.where(own & (tl.arange(0, k.shape[0])[None, :] >= 0), 1.0, 0.0).to(k.dtype)
+    k_sums = tl.dot(pick, k, k_sums, input_precision="ieee")
+    v_sums = tl.dot(pick, v, v_sums, input_precision="ieee")
+    if FIRST_ORDER:
+        slope = tl.dot(tl.trans(k), v, slope, input_precision="ieee")
+    return k_sums, v_sums, slope
+
+
+@triton.jit
+def two_parts(x, dtype: tl.constexpr):
+    """x as the sum of two numbers of a shorter type."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit(do_not_specialize=["n_slopes"])
+def slope_kernel(
+    slopes_ptr,  # [B * H, n_slopes, SIZE] fp32
+    slope_ptr,  # [B * H, SIZE]: factor times the sum, always added in the same order
+    n_slopes,
+    factor,
+    SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    head = tl.program_id(1).to(tl.int64)
+    own = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    total = tl.zeros([CHUNK], tl.float32)
+    for first in tl.range(0, n_slopes, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        total += tl.sum(tl.load(slopes_ptr + (head * n_slopes + part) * SIZE + own, mask=part < n_slopes, other=0.0), 0)
+    tl.store(slope_ptr + head * SIZE + own, (total * factor).to(slope_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["width", "n_words", "n_k"])
 def selection_kernel(
     counts_ptr,  # [B * H * Nq]
     indices_ptr,  # [B * H * Nq, width]
-    bits_ptr,  # [B * H * Nq, n_words] int32: bit j % 32 of word j // 32 is set where block j is exact
+    bits_ptr,  # [B * H * Nq, n_words] int32: bit j % 32 of word j // 32, set where block j is exact or absent
     width,
     n_words,
+    n_k,
     CHUNK: tl.constexpr,
 ):
     """One program per query block. An eighth of the bytes of a mask, and no test of membership in the long loop."""
@@ -77,7 +125,8 @@ def selection_kernel(
     count = tl.load(counts_ptr + row)
     for first_word in tl.range(0, n_words, CHUNK):
         words = first_word + tl.arange(0, CHUNK)
-        bits = tl.zeros([CHUNK], tl.int32)
+        present = tl.minimum(tl.maximum(n_k - 32 * words, 0), 32).to(tl.int64)  # blocks of these words
+        bits = (-1 << present).to(tl.int32)
         for first in tl.range(0, count, CHUNK):
             entries = first + tl.arange(0, CHUNK)
             j = tl.load(indices_ptr + row * width + entries, mask=entries < count, other=-1)

@@ -118,7 +118,7 @@ def test_statistics_are_means_and_the_sum_of_slopes(shape, strided, seed, monkey
     assert not kbar[:, blocks.n_k :].any()
     assert not vbar[:, blocks.n_k :].any()
     keys = k.double() - true_kbar.unflatten(0, (batch, heads)).repeat_interleave(size, 2)[:, :, :k_len]
-    assert relative_l2(slope, (keys.mT @ v.double()).flatten(0, 1)) < 32 * eps  # keys of 30 are rounded to 30 eps
+    assert relative_l2(slope, (keys.mT @ v.double()).flatten(0, 1)) < 1e-4  # fp32 sums, whatever the inputs are
     assert engine.statistics(k, v, size, n, first_order=False)[2] is None
 
 
@@ -126,11 +126,11 @@ def test_statistics_are_means_and_the_sum_of_slopes(shape, strided, seed, monkey
 def test_bits_are_the_map(k_len, seed):
     blocks = Blocks(16, 40, k_len)
     block_map = random_map(1, 2, blocks, uniform=False)
-    bits = engine.selection(block_map.counts, block_map.indices, n_words=2 * -(-blocks.n_k // 64))
+    bits = engine.selection(block_map.counts, block_map.indices, n_words=2 * -(-blocks.n_k // 64), n_k=blocks.n_k)
     j = torch.arange(32 * bits.shape[-1], device=DEVICE)
     mask = (bits[..., j // 32] >> (j % 32) & 1).bool()
     assert torch.equal(mask[..., : blocks.n_k], block_map.to_mask())
-    assert not mask[..., blocks.n_k :].any()
+    assert mask[..., blocks.n_k :].all()
 
 
 def test_the_layout_of_q_is_kept(seed):
