@@ -78,8 +78,7 @@ def attend(
     With tail "drop" the blocks outside the map are never read into the result. The map is trusted: call
     `block_map.validate()` on one that you made yourself.
     """
-    tail = Tail.of(tail)
-    return engines.choose(engine, q, block_map, tail).attend(q, k, v, block_map, tail, scale)
+    return execute(q, k, v, block_map, Tail.of(tail), scale, engine)[:2]
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,8 @@ class Routed:
 @dataclass
 class SparseAttention:
     """A method: order x routing x tail, executed by an engine. `last` holds the decisions of the last call.
+
+    Inside torch.compile the engine is one opaque operator, without a graph break, and `last` is not kept.
 
     order: `(q, k, grid) -> permutation [L] | None` (pisa.orders). routing: `(q, k, v, blocks) -> BlockMap`
     (pisa.routing). tail: a `Tail` or its name. block_size: tokens per block of queries and of keys.
@@ -124,10 +125,41 @@ class SparseAttention:
         if permutation is not None:
             q, k, v = (x.index_select(2, permutation) for x in (q, k, v))
         block_map = self.routing(q, k, v, Blocks(self.block_size, q.shape[2], k.shape[2], grid, scale))
-        engine = engines.choose(self.engine, q, block_map, self.tail)
-        o, _ = engine.attend(q, k, v, block_map, self.tail, scale)
-        self.last = Routed(block_map, engines.name_of(engine))
+        o, _, engine = execute(q, k, v, block_map, self.tail, scale, self.engine)
+        if not torch.compiler.is_compiling():
+            self.last = Routed(block_map, engine)
         return o if permutation is None else o.index_select(2, inverse(permutation))
+
+
+def execute(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, tail: Tail, scale: float | None, engine: str
+) -> tuple[Tensor, Tensor, str]:
+    """Output, log-normaliser and the name of the engine that ran."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        m = block_map
+        decided = m.block_size, m.q_len, m.k_len, m.uniform, tail.name, scale, engine
+        return *attend_operator(q, k, v, m.counts, m.indices, *decided), engine
+    chosen = engines.choose(engine, q, block_map, tail)
+    return *chosen.attend(q, k, v, block_map, tail, scale), engines.name_of(chosen)
+
+
+@torch.library.custom_op("pisa::attend", mutates_args=())
+def attend_operator(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, block_size: int, q_len: int, k_len: int,
+    uniform: bool, tail: str, scale: float, engine: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`execute` as torch.compile sees it: tensors and numbers in, two tensors of known strides out."""
+    block_map = BlockMap(counts, indices, block_size, q_len, k_len, uniform)
+    o, lse, _ = execute(q, k, v, block_map, Tail(tail), scale, engine)
+    like, like_lse = attend_operator_result(q)
+    same = o.stride() == like.stride() and lse.stride() == like_lse.stride()
+    return (o, lse) if same else (like.copy_(o), like_lse.copy_(lse))
+
+
+@attend_operator.register_fake
+def attend_operator_result(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def named_routing(name: str, density: float) -> Routing:

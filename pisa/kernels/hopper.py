@@ -31,7 +31,7 @@ def load(
     count_ptr, indices_ptr, width, n_groups, i, b, h, head,
     HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, SLOPES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that asks for tiles. Pair t is value tile t and key tile t + 1; pair n_tiles is the first-order matrix."""
+    """The warp that asks for tiles. Pair t is value tile t and key tile t + 1; pair n_tiles, the first-order matrix."""
     TILE: gl.constexpr = BLOCK * HEAD_DIM * 2  # bytes
     mbarrier.expect(start, 2 * TILE)
     tma.async_copy_global_to_shared(q_desc, [b, h, i * BLOCK, 0], start, queries.index(0))

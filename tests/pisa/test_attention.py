@@ -166,3 +166,13 @@ def test_attend_takes_a_known_map(seed):
     truth, truth_lse = reference.attend(q, k, v, block_map, "zeroth")
     assert relative_l2(o, truth) < 1e-5
     assert relative_l2(lse, truth_lse) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
+def test_torch_compile_sees_one_graph_and_the_same_bits(seed):
+    method = SparseAttention(engine="eager", block_size=16)
+    compiled = torch.compile(lambda q, k, v: method(q, k, v), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for strided in (False, True):
+            q, k, v = (normal(1, 2, 100, 32, strided=strided) for _ in range(3))
+            assert torch.equal(compiled(q, k, v), method(q, k, v))
