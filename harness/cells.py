@@ -4,14 +4,16 @@ A method's cell is compared with its dense reference, a cell too, shared by all 
 """
 
 import copy
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from harness import environment
-from harness.checks import build_model, check, prompt_of
+from harness.checks import build_model, check, prompt_of, without_refused_engines
 from harness.config import Composed, Composer
 from harness.errors import InputError
 from harness.records import key_of
+from harness.shapes import shape_name
 
 # Settings that cannot change what a cell measures.
 RUN_CONTROL = {"tracker", "out", "dry_run", "force", "retry_failed", "on_error", "noise_floor", "allow", "device"}
@@ -33,11 +35,15 @@ class Cell:
         name = self.variant or self.choices["method"]
         detail = "" if self.role != "method" else f" {self.choices['method/tail']} {self.choices['method/order']}"
         sparsity = f" sparsity={self.config['sparsity']:g}" if self.role == "method" else ""
-        return f"{self.config_name} {name}{detail}{sparsity} seed={self.config['seed']}"
+        engine = self.config["method"].get("engine", "auto")
+        engine = "" if engine == "auto" else f" {engine}"
+        return f"{self.config_name} {name}{detail}{engine}{sparsity} seed={self.config['seed']}"
 
     @property
     def config_name(self) -> str:
-        return f"{self.choices['model']}/{self.choices['workload']}"
+        kernel = self.choices["workload"] == "kernel"
+        shape = f" {shape_name(self.config['model'])}" if kernel else ""
+        return f"{self.choices['model']}/{self.choices['workload']}{shape}"
 
 
 def plan(overrides: list[str], composer: Composer) -> list[Cell]:
@@ -51,9 +57,12 @@ def plan(overrides: list[str], composer: Composer) -> list[Cell]:
             composed.append(composer.compose(words))
         except InputError as error:
             faults += error.sentences
+    composed, left_out = without_refused_engines(composed)
     faults += check(composed)
     if faults:
         raise InputError(*dict.fromkeys(faults))
+    for sentence in left_out:
+        print(sentence, file=sys.stderr)
     cells: dict[str, Cell] = {}
     floors: set[str] = set()
     for one in composed:

@@ -43,11 +43,16 @@ PLOT_HELP = """Draw tables, plots and videos again from the records of a results
 usage: python -m harness plot [out=results/runs]
 """
 
-BENCH_HELP = """Time one attention call on random inputs, dense and sparse in turn, by length and density.
+BENCH_HELP = """Time one attention call on random inputs: every dense kernel and sparse engine, phase by phase.
 
-usage: python -m harness bench kernel [model.tokens=4096,32768] [model.heads=4] [model.head_dim=64] [engine=...]
+usage: python -m harness bench kernel [shape=NAME,NAME] [sparsity=0.5,0.875] [method.engine=NAME,NAME] [key=value ...]
 
-It is `sweep experiment=bench_kernel`: every override of sweep works. Error is against float64 dense attention.
+It is `sweep experiment=bench_kernel`, and every override of sweep works:
+  python -m harness bench kernel experiment=bench_kernel_gpu method.engine=triton,cudnn,fa4   # sizes of real models
+  python -m harness bench kernel experiment=bench_kernel_length                               # the break-even length
+  python -m harness bench kernel model.tokens=1024,2048 model.heads=4 model.head_dim=64       # any size
+Shapes: `python -m harness list`. Engines that cannot run here are left out of a sweep over several, with a word.
+Every row has its error against the float64 formula with the same blocks, and against float64 dense attention.
 """
 
 SCORE_HELP = """PSNR, SSIM, LPIPS and flicker of two videos, pictures, folders of pictures or .safetensors files.

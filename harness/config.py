@@ -87,8 +87,10 @@ class Composer:
         return [f"{key}={value}" for key, value in lines.items() if key not in given] + own
 
     def expand(self, overrides: list[str]) -> list[tuple[tuple[str, str], ...]]:
-        """The cells of a sweep, in order, each a list of (key, value text). Seed and prompt vary slowest, so that all
-        methods of one sample run one after the other and are timed side by side."""
+        """The cells of a sweep, in order, each a list of (key, value text).
+
+        Shape, seed and prompt vary slowest, so that all methods of one sample run one after the other.
+        """
         axes: dict[str, list[str]] = {}
         for parsed in self._parse(overrides):
             if parsed.is_sweep_override():
@@ -100,7 +102,7 @@ class Composer:
             else:
                 values = [parsed.get_value_element_as_str()]
             axes[parsed.get_key_element()] = values
-        slow_first = sorted(axes, key=lambda key: key not in ("seed", "prompt"))
+        slow_first = sorted(axes, key=lambda key: key not in ("shape", "seed", "prompt"))
         return list(itertools.product(*([(key, v) for v in axes[key]] for key in slow_first)))
 
     def _parse(self, overrides: list[str]) -> list[Any]:

@@ -36,12 +36,12 @@ def engines() -> list[tuple[str, str]]:
 
     from baselines import dense
     from harness.checks import ask_engine, probe
-    from pisa.engines import FASTEST_FIRST
+    from pisa.engines import ENGINES
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q = probe(device, "bfloat16" if device == "cuda" else "float32")
     facts = []
-    for name in FASTEST_FIRST:
+    for name in ENGINES:
         try:
             ask_engine(name, q, "hybrid")
             facts.append((f"engine {name}", "runs here"))

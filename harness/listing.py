@@ -10,6 +10,7 @@ GROUPS = (
     ("method/routing", "which key blocks a query block computes exactly"),
     ("method/tail", "what happens to the other blocks"),
     ("model", ""),
+    ("shape", "sizes of model=synthetic"),
     ("workload", ""),
     ("experiment", "saved sweeps"),
     ("metrics", "formulas of PSNR, SSIM and LPIPS"),
@@ -24,7 +25,7 @@ def show(config_dirs: tuple[Path, ...]) -> int:
         print(f"{group}" + (f"  ({meaning})" if meaning else ""))
         for name in options(group, config_dirs):
             path = next(p for root in roots if (p := Path(root) / group / f"{name}.yaml").exists())
-            first = path.read_text().splitlines()[0]
+            first = next((line for line in path.read_text().splitlines() if not line.startswith("# @")), "")
             print(f"  {name:<16} {first[2:] if first.startswith('# ') else ''}".rstrip())
         print()
     return 0

@@ -101,6 +101,8 @@ class Bench:
             measured, tensors = workload.measure(model, run, self._load_reference(cell, store))
             columns |= self._against_dense(cell, store, measured)
         columns |= measured
+        if cell.role == "reference":
+            columns["keeps_tensors"] = bool(tensors)
         if tensors:
             columns["frames_path"] = self._keep(product_path(store, cell.key), tensors, "frames" in tensors)
         return columns
@@ -121,7 +123,9 @@ class Bench:
 
         key = cell.reference.key
         if self._reference[0] != key:
-            path = product_path(store, key)
+            path, record = product_path(store, key), store.load(key) or {}
+            if record.get("keeps_tensors") is False:  # random inputs: their seed is enough
+                return {}
             if not path.exists():
                 raise ValueError("its dense reference has no result: see that record for the reason")
             self._reference = (key, load_file(path))
@@ -149,6 +153,16 @@ def status_of(error: Exception) -> str:
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return "out_of_memory"
     return "refused" if isinstance(error, (ValueError, TypeError)) else "failed"
+
+
+def lost_tensors(store: Records, record: dict[str, Any]) -> bool:
+    """Whether a good reference should have tensors and they are gone."""
+    return (
+        record["role"] == "reference"
+        and record["status"] == "ok"
+        and record.get("keeps_tensors", True)
+        and not product_path(store, record["key"]).exists()
+    )
 
 
 def product_path(store: Records, key: str) -> Path:

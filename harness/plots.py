@@ -24,7 +24,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from harness import kernels
 from harness.filmstrip import comparison_video, film_strips
+from harness.kernel_plots import kernel_figures
 from harness.labels import Usual
 from harness.summary import DENSITY, LPIPS, PSNR, REL_L2, SECTION, SPEEDUP, SSIM, Metric, cells, sections, summarise
 from harness.tables import title, varying_settings
@@ -68,7 +70,17 @@ def draw_all(records: pd.DataFrame, out_dir: Path, records_dir: Path, usual: Usu
     records_dir: the folder that `frames_path` is relative to. Returns all files, three for each figure.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    labelled = cells(records, usual)
+    ours, others = kernels.split(records)
+    files = []
+    if len(ours):
+        with plt.rc_context(STYLE):
+            for name, figure, data in kernel_figures(kernels.rows(ours)):
+                files += _save(figure, data, out_dir / name)
+    return files + _draw(cells(others, usual), out_dir, records_dir) if len(others) else files
+
+
+def _draw(labelled: pd.DataFrame, out_dir: Path, records_dir: Path) -> list[Path]:
+    """The figures of labelled cells, section by section."""
     several = [column for column in SECTION if column != "workload" and labelled[column].nunique() > 1]
     files = []
     for section in sections(labelled):

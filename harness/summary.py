@@ -48,7 +48,7 @@ LPIPS = Metric("lpips", "LPIPS", "", 3, -1)
 REL_L2, REL_L1 = Metric("rel_l2", "rel. L2", better=-1), Metric("rel_l1", "rel. L1", better=-1)
 COSINE = Metric("cosine", "cosine", "", 5, 1)
 PICTURE, ERROR = [PSNR, SSIM, LPIPS], [REL_L2, REL_L1, COSINE]
-QUALITY = {"generate": PICTURE, "step": ERROR, "operator": ERROR}
+QUALITY = {"generate": PICTURE, "step": ERROR, "operator": ERROR, "kernel": ERROR}
 MEASURED = [DENSITY, EXACT, LATENCY, *PICTURE, *ERROR]
 
 

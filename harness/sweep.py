@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.cells import Cell, plan
 from harness.config import Composer, build
-from harness.measure import Bench, product_path
+from harness.measure import Bench, lost_tensors
 from harness.progress import Progress
 from harness.records import Records, key_of
 
@@ -51,7 +51,7 @@ def wanted(cell: Cell, store: Records, settings: dict[str, Any]) -> bool:
     """Whether a cell must be measured: it has no record, or a failed one that is to be tried again, or force."""
     if settings["force"] or (record := store.load(cell.key)) is None:
         return True
-    if cell.role == "reference" and record["status"] == "ok" and not product_path(store, cell.key).exists():
+    if lost_tensors(store, record):
         return True
     return settings["retry_failed"] and record["status"] != "ok"
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness import kernels
 from harness.labels import Usual
 from harness.summary import (
     DENSITY,
@@ -52,7 +53,7 @@ METRICS = {metric.column: metric for metric in [*PICTURE, *ERROR]} | {"speed_rat
 def print_tables(records: pd.DataFrame, console: Console | None = None, usual: Usual | None = None) -> None:
     """Print every table; in a pipe or file plain text of 120 columns, without colour or bold."""
     console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    for heading, tables, notes in _pages(cells(records, usual), None):
+    for heading, tables, notes in _all_pages(records, None, usual):
         console.print(f"\n{heading}", markup=False, style="bold")
         for frame in tables:
             table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -68,36 +69,51 @@ def print_tables(records: pd.DataFrame, console: Console | None = None, usual: U
 
 def markdown(records: pd.DataFrame, against: str | None = None, usual: Usual | None = None) -> str:
     """All tables as Markdown, each with a heading and the notes below it."""
-    return _as_markdown(_pages(cells(records, usual), against))
+    return _as_markdown(_all_pages(records, against, usual))
 
 
 def latex(records: pd.DataFrame, against: str | None = None, usual: Usual | None = None) -> str:
     """All tables as LaTeX (booktabs); titles and notes are comments, for the author to use in the caption."""
-    return _as_latex(_pages(cells(records, usual), against))
+    return _as_latex(_all_pages(records, against, usual))
 
 
 def write_all(
     records: pd.DataFrame, out_dir: Path, against: str | None = None, usual: Usual | None = None
 ) -> list[Path]:
-    """Write summary.csv, paired.csv and failures.csv (raw), tables.md and tables.tex (formatted) into `out_dir`."""
-    labelled = cells(records, usual)
-    pages = _pages(labelled, against)
-    bad = labelled[labelled["status"].ne("ok")]
-    texts = {
-        "summary.csv": summarise(labelled).to_csv(index=False),
-        "paired.csv": compare(labelled, against).to_csv(index=False),
-        "failures.csv": bad[[*SECTION, "status", "label", "sparsity", *SETTINGS, "seed", "reason"]].to_csv(index=False),
-        "tables.md": _as_markdown(pages),
-        "tables.tex": _as_latex(pages),
-    }
+    """Write summary.csv, paired.csv and failures.csv (raw), tables.md and tables.tex (formatted) into `out_dir`.
+
+    Cells of the kernel workload have kernels.csv in the place of the first three.
+    """
+    ours, others = kernels.split(records)
+    pages = _all_pages(records, against, usual)
+    texts = _raw(cells(others, usual), against) if len(others) else {}
+    if len(ours):
+        texts["kernels.csv"] = kernels.rows(ours).to_csv(index=False)
+    texts |= {"tables.md": _as_markdown(pages), "tables.tex": _as_latex(pages)}
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (out_dir / name).write_text(text, encoding="utf-8")
     return [out_dir / name for name in texts]
 
 
+def _raw(labelled: pd.DataFrame, against: str | None) -> dict[str, str]:
+    bad = labelled[labelled["status"].ne("ok")]
+    return {
+        "summary.csv": summarise(labelled).to_csv(index=False),
+        "paired.csv": compare(labelled, against).to_csv(index=False),
+        "failures.csv": bad[[*SECTION, "status", "label", "sparsity", *SETTINGS, "seed", "reason"]].to_csv(index=False),
+    }
+
+
 # ----------------------------------------------------------------------------------------------- numbers into text
 Page = tuple[str, list[pd.DataFrame], list[str]]  # title, text tables, notes
+
+
+def _all_pages(records: pd.DataFrame, against: str | None, usual: Usual | None) -> list[Page]:
+    """The pages of all records; attention calls on random inputs have tables of their own."""
+    ours, others = kernels.split(records)
+    pages = _pages(cells(others, usual), against) if len(others) else []
+    return pages + kernels.pages(kernels.rows(ours)) if len(ours) else pages
 
 
 def _pages(labelled: pd.DataFrame, against: str | None) -> list[Page]:

@@ -6,7 +6,7 @@ exactly) and a tail (what happens to the other blocks). An engine executes what 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 import torch
@@ -37,6 +37,7 @@ def piecewise_sparse_attention(
     *,
     density: float = 0.125,
     block_size: int = 64,
+    block_q: int | None = None,
     tail: str | Tail = "hybrid",
     routing: str | Routing = "centroid",
     scale: float | None = None,
@@ -48,6 +49,7 @@ def piecewise_sparse_attention(
 
     q: `[B, H, Lq, D]`; k, v: `[B, H, Lk, D]`; one dtype of fp32, fp16, bf16; D in 32, 64, 96, 128; any strides and
     lengths from one block on. density: fraction of key blocks computed exactly, in (0, 1]; 1 is dense attention.
+    block_q: queries that share a list of key blocks, a multiple of block_size; block_size unless given.
     tail: "drop", "zeroth", "blockwise_first" or "hybrid". routing: "centroid", "covariance", "random", or a callable
     `(q, k, v, blocks) -> BlockMap`, which then decides the density itself. scale: 1 / sqrt(D) unless given.
     check_finite: refuse NaN and infinity, at the price of one synchronisation. Inference only.
@@ -55,11 +57,12 @@ def piecewise_sparse_attention(
     Raises ValueError (shapes, values, names) or TypeError (dtype), with what to do about it.
     """
     check_inputs(q, k, v, block_size, scale)
+    shared = blocks_sharing(block_q, block_size)
     if check_finite:
         refuse_non_finite(q, k, v)
     if isinstance(routing, str):
         routing = named_routing(routing, density)
-    blocks = Blocks(block_size, q.shape[2], k.shape[2], scale=scale)
+    blocks = Blocks(block_size, q.shape[2], k.shape[2], scale=scale, shared=shared, tail=Tail.of(tail).name)
     o, lse = attend(q, k, v, routing(q, k, v, blocks), tail, scale, engine)
     return (o, lse) if return_lse else o
 
@@ -101,7 +104,8 @@ class SparseAttention:
     Inside torch.compile the engine is one opaque operator, without a graph break, and `last` is not kept.
 
     order: `(q, k, grid) -> permutation [L] | None` (pisa.orders). routing: `(q, k, v, blocks) -> BlockMap`
-    (pisa.routing). tail: a `Tail` or its name. block_size: tokens per block of queries and of keys.
+    (pisa.routing). tail: a `Tail` or its name. block_size: tokens per block of queries and of keys. block_q: queries
+    that share a list of key blocks, a multiple of block_size (None): coarser, and faster on Hopper.
     """
 
     order: Order = field(default_factory=Raster)
@@ -109,10 +113,12 @@ class SparseAttention:
     tail: str | Tail = "hybrid"
     engine: str = "auto"
     block_size: int = 64
+    block_q: int | None = None
     last: Routed | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.tail = Tail.of(self.tail)
+        blocks_sharing(self.block_q, self.block_size)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None, scale: float | None = None) -> Tensor:
         """`[B, H, L, D]` in and out, tokens in the model's own order; scale: 1 / sqrt(D) unless given.
@@ -124,10 +130,13 @@ class SparseAttention:
         permutation = self.order(q, k, grid)
         if permutation is not None:
             q, k, v = (x.index_select(2, permutation) for x in (q, k, v))
-        block_map = self.routing(q, k, v, Blocks(self.block_size, q.shape[2], k.shape[2], grid, scale))
+        shared = blocks_sharing(self.block_q, self.block_size)
+        block_map = self.routing(
+            q, k, v, Blocks(self.block_size, q.shape[2], k.shape[2], grid, scale, shared, self.tail.name)
+        )
         o, _, engine = execute(q, k, v, block_map, self.tail, scale, self.engine)
         if not torch.compiler.is_compiling():
-            self.last = Routed(block_map, engine)
+            self.last = Routed(replace(block_map, bits=None, summary=None), engine)
         return o if permutation is None else o.index_select(2, inverse(permutation))
 
 
@@ -138,7 +147,7 @@ def execute(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
         m = block_map
-        decided = m.block_size, m.q_len, m.k_len, m.uniform, tail.name, scale, engine
+        decided = m.block_size, m.q_len, m.k_len, m.uniform, m.shared, tail.name, scale, engine
         return *attend_operator(q, k, v, m.counts, m.indices, *decided), engine
     chosen = engines.choose(engine, q, block_map, tail)
     return *chosen.attend(q, k, v, block_map, tail, scale), engines.name_of(chosen)
@@ -147,10 +156,10 @@ def execute(
 @torch.library.custom_op("pisa::attend", mutates_args=())
 def attend_operator(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, block_size: int, q_len: int, k_len: int,
-    uniform: bool, tail: str, scale: float, engine: str,
+    uniform: bool, shared: int, tail: str, scale: float, engine: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`execute` as torch.compile sees it: tensors and numbers in, two tensors of known strides out."""
-    block_map = BlockMap(counts, indices, block_size, q_len, k_len, uniform)
+    block_map = BlockMap(counts, indices, block_size, q_len, k_len, uniform, shared)
     o, lse, _ = execute(q, k, v, block_map, Tail(tail), scale, engine)
     like, like_lse = attend_operator_result(q)
     same = o.stride() == like.stride() and lse.stride() == like_lse.stride()
@@ -168,6 +177,15 @@ def named_routing(name: str, density: float) -> Routing:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"No routing '{name}'.{hint} Allowed: {', '.join(ROUTINGS)}, or a callable.")
     return ROUTINGS[name](density)
+
+
+def blocks_sharing(block_q: int | None, block_size: int) -> int:
+    """Query blocks that share a list. Raises ValueError."""
+    if block_q is None:
+        return 1
+    if block_q < block_size or block_q % block_size:
+        raise ValueError(f"block_q must be a multiple of block_size ({block_size}), got {block_q}: take {block_size}.")
+    return block_q // block_size
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float | None) -> None:

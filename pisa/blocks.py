@@ -38,6 +38,8 @@ class Blocks:
 
     grid: token grid, for routings that look at positions or at text; None when nobody said.
     scale: softmax scale s; None means 1 / sqrt(D).
+    shared: query blocks, one after the other, that are to have one list of key blocks.
+    tail: name of the tail to come, for a routing that can prepare it; None when nobody said.
     """
 
     size: int
@@ -45,6 +47,8 @@ class Blocks:
     k_len: int
     grid: Grid | None = None
     scale: float | None = None
+    shared: int = 1
+    tail: str | None = None
 
     @property
     def n_q(self) -> int:
@@ -94,6 +98,9 @@ class BlockMap:
     indices: `[B, H, Nq, width]` int32, which: ascending in the first `counts` entries, -1 after them.
     uniform: the maker knows that every count equals `width`, so that an engine may skip its masks without asking
     the device. False is always safe.
+    shared: the maker knows that query blocks 0 to shared - 1 have one list, the next `shared` another, and so on, so
+    that an engine may walk it once for all of them. 1 is always safe.
+    bits, summary: what pisa.launch needs beside the map, where its maker has made them on the way (see there).
     """
 
     counts: Tensor
@@ -102,6 +109,9 @@ class BlockMap:
     q_len: int
     k_len: int
     uniform: bool = False
+    shared: int = 1
+    bits: Tensor | None = None
+    summary: object | None = None
 
     @property
     def n_k(self) -> int:
@@ -109,10 +119,28 @@ class BlockMap:
 
     @classmethod
     def from_indices(cls, indices: Tensor, blocks: Blocks) -> "BlockMap":
-        """The uniform map of `indices` `[B, H, Nq, width]`: distinct key blocks in any order. Never synchronises."""
+        """The uniform map of `indices` `[B, H, Nq, width]`: distinct key blocks in any order. Never synchronises.
+
+        With blocks.shared, of one list for each run of query blocks, `[B, H, ceil(Nq / shared), width]`.
+        """
         indices = indices.sort(dim=-1).values.to(torch.int32)
-        counts = torch.full_like(indices[..., 0], indices.shape[-1])
-        return cls(counts, indices, blocks.size, blocks.q_len, blocks.k_len, uniform=True)
+        return cls.from_sorted(torch.full_like(indices[..., 0], indices.shape[-1]), indices, blocks)
+
+    @classmethod
+    def from_sorted(
+        cls,
+        counts: Tensor,
+        indices: Tensor,
+        blocks: Blocks,
+        bits: Tensor | None = None,
+        summary: object | None = None,
+    ) -> "BlockMap":
+        """`from_indices` of int32 lists that ascend already, with their counts, all equal to the width."""
+        lists = (counts, indices) if bits is None else (counts, indices, bits)
+        if blocks.shared > 1:
+            lists = tuple(x.repeat_interleave(blocks.shared, 2)[:, :, : blocks.n_q].contiguous() for x in lists)
+        counts, indices, bits = lists if len(lists) == 3 else (*lists, None)
+        return cls(counts, indices, blocks.size, blocks.q_len, blocks.k_len, True, blocks.shared, bits, summary)
 
     @classmethod
     def from_mask(cls, mask: Tensor, blocks: Blocks) -> "BlockMap":
@@ -179,4 +207,7 @@ class BlockMap:
             raise ValueError("Indices after the first `counts` entries of a row must be -1.")
         if self.uniform and not (counts == width).all():
             raise ValueError(f"The map says uniform, but some counts differ from the width {width}.")
+        first = torch.arange(n_q, device=counts.device) // self.shared * self.shared
+        if not (counts == counts[:, :, first]).all() or not (indices == indices[:, :, first]).all():
+            raise ValueError(f"The map says that {self.shared} query blocks share a list, but some lists differ.")
         return self

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import launch
 from .blocks import BlockMap, Blocks
 
 EPSILON = 1e-5  # inside the logarithm of the covariance-aware score, as in the paper
@@ -15,8 +16,8 @@ EPSILON = 1e-5  # inside the logarithm of the covariance-aware score, as in the 
 
 def centroid_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """score_ij = s qbar_i . kbar_j: the logit of the block means (PISA, plain routing)."""
-    scale = q.shape[-1] ** -0.5 if blocks.scale is None else blocks.scale
-    return blocks.mean(q) * scale @ blocks.mean(k).mT
+    lists = Blocks(blocks.size * blocks.shared, blocks.q_len, blocks.k_len)
+    return lists.mean(q) * scale_of(q, blocks) @ blocks.mean(k).mT
 
 
 def covariance_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
@@ -25,6 +26,10 @@ def covariance_scores(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor
 
 
 SCORES = {"centroid": centroid_scores, "covariance": covariance_scores}
+
+
+def scale_of(q: Tensor, blocks: Blocks) -> float:
+    return q.shape[-1] ** -0.5 if blocks.scale is None else blocks.scale
 
 
 def deviations(k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
@@ -85,13 +90,41 @@ class TopK:
             raise ValueError(f"No score '{self.score}'. Allowed: {', '.join(SCORES)}.")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> BlockMap:
-        scores, count = SCORES[self.score](q, k, v, blocks), kept_blocks(self.density, blocks.n_k)
-        if self.text_keys_exact:
-            text = blocks.text_key_blocks()
-            scores[..., text] = torch.inf
-            count = max(count, text.stop - text.start)
-        block_map = BlockMap.from_indices(best(scores, count), blocks)
+        text = blocks.text_key_blocks() if self.text_keys_exact else slice(0, 0)
+        count = max(kept_blocks(self.density, blocks.n_k), text.stop - text.start)
+        if torch.compiler.is_compiling():
+            facts = blocks.size, scale_of(q, blocks), blocks.shared, self.score, count, text.start, text.stop
+            lists = top_k_operator(q, k, v, *facts)
+            block_map = BlockMap(*lists, blocks.size, blocks.q_len, blocks.k_len, True, blocks.shared)
+        else:
+            block_map = self.choose(q, k, v, blocks, count, text)
         return block_map.with_dense_rows(blocks.text_query_blocks()) if self.text_rows_dense else block_map
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, count: int, text: slice) -> BlockMap:
+        """The `count` best key blocks of each query block, text among them."""
+        how = self.by_kernels if launch.can_route(q, blocks, self.score == "covariance") else self.by_torch
+        return how(q, k, v, blocks, count, text)
+
+    def by_torch(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, count: int, text: slice) -> BlockMap:
+        """The definition, on every device."""
+        scores = SCORES[self.score](q, k, v, blocks)
+        scores[..., text] = torch.inf
+        return BlockMap.from_indices(best(scores, count), blocks)
+
+    def by_kernels(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, count: int, text: slice) -> BlockMap:
+        """The same in two launches (covariance: four) and without the matrix of scores, where `launch` can."""
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        bias = summary = None
+        if self.score == "covariance":
+            kbar, bias = launch.deviations(k, v, blocks.size, EPSILON)
+        elif blocks.tail in ("zeroth", "hybrid"):  # it reads the keys as well: once for both
+            kbar = k.new_empty(k.shape[0] * k.shape[1], blocks.n_k, k.shape[3], dtype=torch.float32)
+            summary = launch.summarise(k, v, blocks.size, blocks.tail == "hybrid", kbar)
+        else:
+            kbar = launch.means(k, blocks.size)
+        rows = blocks.size * blocks.shared
+        counts, indices, bits = launch.select(q, kbar, bias, rows, count, text, scale_of(q, blocks))
+        return BlockMap.from_sorted(counts, indices, blocks, bits, summary)
 
 
 @dataclass(frozen=True)
@@ -109,7 +142,7 @@ class RandomTopK:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> BlockMap:
         generator = torch.Generator().manual_seed(self.seed)
-        scores = torch.rand(*q.shape[:2], blocks.n_q, blocks.n_k, generator=generator)
+        scores = torch.rand(*q.shape[:2], -(-blocks.n_q // blocks.shared), blocks.n_k, generator=generator)
         return BlockMap.from_indices(best(scores, kept_blocks(self.density, blocks.n_k)).to(q.device), blocks)
 
 
@@ -118,3 +151,20 @@ def check_density(density: float) -> None:
         raise ValueError(
             f"density must be in (0, 1], got {density}: it is the fraction of key blocks computed exactly; 1 is dense."
         )
+
+
+@torch.library.custom_op("pisa::top_k", mutates_args=())
+def top_k_operator(
+    q: Tensor, k: Tensor, v: Tensor, size: int, scale: float, shared: int, score: str, count: int,
+    text_start: int, text_stop: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`TopK.choose` as torch.compile sees it: counts and indices of the map."""
+    blocks = Blocks(size, q.shape[2], k.shape[2], None, scale, shared)
+    found = TopK(score=score).choose(q, k, v, blocks, count, slice(text_start, text_stop))
+    return found.counts.contiguous(), found.indices.contiguous()
+
+
+@top_k_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float, shared: int, score: str, count: int, *_: int):
+    rows = *q.shape[:2], -(-q.shape[2] // size)
+    return q.new_empty(rows, dtype=torch.int32), q.new_empty(*rows, count, dtype=torch.int32)

@@ -1,11 +1,13 @@
 """No model at all: random q, k, v of one attention call, for timing kernels and checking their error."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from harness.errors import InputError
+from harness.shapes import SIZES
+from pisa import Grid
 
 
 @dataclass
@@ -22,6 +24,7 @@ class Synthetic:
     dense_layers: int
     order: str
     device: str = "cpu"
+    _made: tuple[int, tuple[Tensor, ...]] | None = field(default=None, init=False, repr=False)
 
     def check(self) -> None:
         """Raises InputError in one sentence."""
@@ -35,9 +38,21 @@ class Synthetic:
     def prompt(self, seed: int) -> None:
         return None
 
-    def qkv(self, seed: int) -> dict[str, Tensor]:
-        """One captured call, named as the operator workload names them; the grid is a single row of tokens."""
-        g = torch.Generator().manual_seed(seed)
-        shape = (self.batch, self.heads, self.tokens, self.head_dim)
-        kept = {f"random.{name}": torch.randn(shape, generator=g).to(getattr(torch, self.dtype)) for name in "qkv"}
-        return {**kept, "random.grid": torch.tensor([1, 1, self.tokens, 0, 0])}
+    @property
+    def grid(self) -> Grid:
+        """A single row of tokens."""
+        return Grid(1, 1, self.tokens)
+
+    def qkv(self, seed: int) -> tuple[Tensor, ...]:
+        """q, k, v of the seed, drawn where they are needed: a seed is all there is to store. The last three stay.
+
+        A GPU draws other numbers than a CPU does, and the same ones every time.
+        """
+        if self._made is None or self._made[0] != seed:
+            self._made = None  # free before the next: long calls take gigabytes
+            g = torch.Generator(self.device).manual_seed(seed)
+            shape, dtype = tuple(getattr(self, size) for size in SIZES), getattr(torch, self.dtype)
+            draw = torch.float32 if self.device == "cpu" else dtype
+            made = (torch.randn(shape, generator=g, device=self.device, dtype=draw).to(dtype) for _ in "qkv")
+            self._made = (seed, tuple(made))
+        return self._made[1]

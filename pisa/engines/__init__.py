@@ -14,7 +14,10 @@ from torch import Tensor
 from ..blocks import BlockMap
 from ..tail import Tail
 
-FASTEST_FIRST = ("eager", "triton")  # as far as measured: triton waits for its first run on a GPU
+ENGINES = ("eager", "triton", "cudnn", "fa4")
+# What "auto" tries on a CUDA GPU, as measured on an H100 (results/kernels.md): the triton engine led at every shape and
+# density, alone and with its tail; the borrowed kernels are there to be compared with. Elsewhere there is only eager.
+FASTEST_FIRST = ("triton", "cudnn", "fa4", "eager")
 
 
 def choose(name: str, q: Tensor, block_map: BlockMap, tail: Tail) -> ModuleType:
@@ -22,12 +25,13 @@ def choose(name: str, q: Tensor, block_map: BlockMap, tail: Tail) -> ModuleType:
 
     Raises ValueError for an unknown name, and with every reason when no engine accepts.
     """
-    if name not in ("auto", *FASTEST_FIRST):
-        near = get_close_matches(name, FASTEST_FIRST, n=1)
+    if name not in ("auto", *ENGINES):
+        near = get_close_matches(name, ENGINES, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"No engine '{name}'.{hint} Allowed: auto, {', '.join(FASTEST_FIRST)}.")
+        raise ValueError(f"No engine '{name}'.{hint} Allowed: auto, {', '.join(ENGINES)}.")
     refusals = {}
-    for candidate in FASTEST_FIRST if name == "auto" else (name,):
+    automatic = FASTEST_FIRST if q.is_cuda else ("eager",)  # never Triton's interpreter unless asked for by name
+    for candidate in automatic if name == "auto" else (name,):
         engine = import_module(f"pisa.engines.{candidate}")  # here, because an engine may need an optional package
         if not (reason := engine.refuses(q, block_map, tail)):
             return engine

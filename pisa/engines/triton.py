@@ -6,7 +6,6 @@ Without CUDA it runs when named and TRITON_INTERPRET=1 is set: far too slow to u
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
@@ -14,13 +13,15 @@ import torch
 from torch import Tensor
 
 from ..blocks import BlockMap
+from ..launch import BLOCK_SIZES, GROUP, HEAD_DIMS, bits_of, capability_of, on_device_of, summary_of
 from ..tail import Tail
 
 TAILS = ("drop", "zeroth", "hybrid")  # numbered as in pisa/kernels/attend.py
-HEAD_DIMS = (32, 64, 128)
-BLOCK_SIZES = (16, 32, 64, 128)
-GROUP = 64  # key blocks in a step of the tail, as there; the means are padded to whole groups
-PROGRAMS = 264  # of statistics, two per multiprocessor of a large GPU; each leaves one D x D fp32 sum
+# On Hopper, by the query blocks that share a list. The registers are those of all warps until they divide them anew.
+HOPPER_TILE = {
+    1: {"SHARED": 1, "STAGES": 3, "num_warps": 4, "maxnreg": 128},  # two programs per multiprocessor
+    2: {"SHARED": 2, "STAGES": 4, "num_warps": 4, "maxnreg": 168},  # one
+}
 
 
 def refuses(q: Tensor, block_map: BlockMap, tail: Tail) -> str | None:
@@ -73,8 +74,8 @@ def anywhere(
     counts, indices, n_groups = block_map.counts.contiguous(), block_map.indices.contiguous(), groups(block_map)
     bits = kbar = vbar = slope = None
     if tail.name != "drop":
-        bits = selection(counts, indices, 2 * n_groups, block_map.n_k)
-        kbar, vbar, slope = statistics(k, v, block_map.block_size, GROUP * n_groups, tail.name == "hybrid")
+        bits, summary = bits_of(block_map), summary_of(block_map, k, v, tail.name == "hybrid")
+        kbar, vbar, slope = summary.kbar, summary.vbar, summary.slope
     attend_kernel[(counts.shape[2], B * H)](
         q, k, v, counts, indices, bits, kbar, vbar, slope, o, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
@@ -96,14 +97,13 @@ def on_hopper(
     if tail.name == "drop":
         n_groups = 0
     else:
-        bits = selection(counts, indices, 2 * n_groups, block_map.n_k)
-        first_order = tail.name == "hybrid"
-        kbar, vbar, slope = statistics(k, v, GROUP, GROUP * n_groups, first_order, 1 / k.shape[2], q.dtype)
-        slope = slope if first_order else kbar
-    attend_kernel[(counts.shape[2], B * H)](
+        bits, summary = bits_of(block_map), summary_of(block_map, k, v, tail.name == "hybrid")
+        kbar, vbar, slope = summary.kbar, summary.vbar, summary.slope if tail.name == "hybrid" else summary.kbar
+    shared, n_q = block_map.shared, counts.shape[2]
+    attend_kernel[(-(-n_q // shared), B * H)](
         *(tiles(x) for x in (q, o, k, v, kbar, vbar, slope)), counts, indices, bits, lse,
-        H, q_len, k.shape[2], indices.shape[-1], n_groups, scale,
-        HEAD_DIM=dim, TAIL=TAILS.index(tail.name), STAGES=3, num_warps=4, maxnreg=128,
+        H, n_q, q_len, k.shape[2], indices.shape[-1], n_groups, scale,
+        HEAD_DIM=dim, TAIL=TAILS.index(tail.name), **HOPPER_TILE[shared],
     )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def hopper_takes(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap) -> bool:
     return (
         capability_of(q)[0] == 9
         and block_map.block_size == GROUP
+        and block_map.shared in HOPPER_TILE
         and q.shape[3] in (64, 128)
         and all(x.stride(3) == 1 and x.data_ptr() % 16 == 0 for x in (q, k, v))
         and all(stride > 0 and stride % 8 == 0 for x in (q, k, v) for stride in x.stride()[:3])
@@ -125,7 +126,7 @@ def has_gluon() -> bool:
 
 
 def tiles(x: Tensor) -> "TensorDescriptor":  # noqa: F821
-    """A TMA descriptor of x `[B, H, L, D]` or `[B * H, L, D]` for tiles of 64 x D."""
+    """A TMA descriptor of x `[B, H, L, D]` or `[B * H, L, D]` for tiles of 64 tokens."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -139,39 +140,6 @@ def groups(block_map: BlockMap) -> int:
     return -(-block_map.n_k // GROUP)
 
 
-def selection(counts: Tensor, indices: Tensor, n_words: int, n_k: int) -> Tensor:
-    """The map as bits `[B, H, Nq, n_words]` int32."""
-    from ..kernels.statistics import selection_kernel
-
-    bits = torch.empty(*counts.shape, n_words, dtype=torch.int32, device=counts.device)
-    selection_kernel[(counts.numel(),)](counts, indices, bits, indices.shape[-1], n_words, n_k, CHUNK=32, num_warps=1)
-    return bits
-
-
-def statistics(
-    k: Tensor, v: Tensor, block: int, n: int, first_order: bool, factor: float = 1.0, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Block means of k and v, `[B * H, n, D]` with zeros from Nk on, and factor sum_j H_j `[B * H, D, D]` or None."""
-    from ..kernels.statistics import slope_kernel, statistics_kernel
-
-    B, H, k_len, dim = k.shape
-    kbar, vbar = k.new_empty(2, B * H, n, dim)
-    per_program = -(-n * B * H // PROGRAMS)
-    programs = -(-n // per_program)
-    slopes = k.new_empty(B * H, programs, dim, dim, dtype=torch.float32) if first_order else None
-    statistics_kernel[(programs, B * H)](
-        k, v, kbar, vbar, slopes, *k.stride()[:3], *v.stride()[:3], H, k_len, n, per_program,
-        HEAD_DIM=dim, BLOCK=block, FIRST_ORDER=first_order, ROWS=64, num_warps=8, num_stages=3,
-    )  # fmt: skip
-    if not first_order:
-        return kbar, vbar, None
-    slope = k.new_empty(B * H, dim, dim, dtype=dtype)
-    slope_kernel[(dim * dim // 256, B * H)](
-        slopes, slope, programs, factor, SIZE=dim * dim, CHUNK=256, PARTS=16, num_warps=4
-    )
-    return kbar, vbar, slope
-
-
 def tile_for(capability: tuple[int, int], head_dim: int, block_size: int) -> dict[str, int]:
     """Warps and pipeline stages of the attention kernel; the tile itself is block_size x block_size.
 
@@ -181,12 +149,3 @@ def tile_for(capability: tuple[int, int], head_dim: int, block_size: int) -> dic
     few_registers = capability[0] in (8, 12) and head_dim == 128  # sums and operands both live in registers there
     wide = block_size == 128 or (few_registers and block_size == 64)
     return {"num_warps": 8 if wide else 4, "num_stages": 2 if few_registers else 3}
-
-
-def capability_of(q: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-
-
-def on_device_of(q: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be q's."""
-    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()

@@ -83,7 +83,7 @@ def attend_kernel(
     bits_ptr,  # [B * H, Nq, 2 * n_groups] int32
     kbar_ptr,  # [B * H, GROUP * n_groups, D]
     vbar_ptr,
-    slope_ptr,  # [B * H, D, D] fp32: sum_j H_j
+    slope_ptr,  # [B * H, D, D] in q's dtype: sum_j H_j / Lk
     o_ptr,  # [B, H, Lq, D] by strides
     lse_ptr,  # [B * H, Lq] fp32
     q_stride_b,
@@ -132,8 +132,8 @@ def attend_kernel(
         )  # fmt: skip
         mass = mass * tl.exp2(m_exact - m) + tail
         if TAIL == HYBRID:
-            slope = tl.load(tile_ptrs(slope_ptr, head, HEAD_DIM, HEAD_DIM, HEAD_DIM)) * (1.0 / k_len)
-            acc += (tail * s)[:, None] * tl.dot(q, slope.to(q.dtype), input_precision="ieee")
+            slope = tl.load(tile_ptrs(slope_ptr, head, HEAD_DIM, HEAD_DIM, HEAD_DIM))
+            acc += (tail * s)[:, None] * tl.dot(q, slope, input_precision="ieee")
 
     o_ptr += b * o_stride_b + h * o_stride_h
     o = (acc / mass[:, None]).to(q.dtype)

@@ -1,9 +1,10 @@
 """The attention of attend.py for compute capability 9.0: tiles arrive by TMA, and products and softmax overlap (Gluon).
 
-One program owns one query block. Its key tiles are the exact blocks, then the means in groups of 64. One warp only asks
-for tiles, four compute. Between them is a ring of `STAGES` pairs: value tile t beside key tile t + 1, because step t
-needs both: the product of the queries with the next keys runs on the tensor cores while the softmax of this step runs
-on the other units. The last pair is the first-order matrix. Rows behind a ragged block arrive as zeros and are masked.
+One program owns one query block, or two that share a list. Its key tiles are the exact blocks, then the means in groups
+of 64. One warp only asks for tiles, four for each query block compute. Between them is a ring of `STAGES` pairs: value
+tile t beside key tile t + 1, because step t needs both: the product of the queries with the next keys runs on the
+tensor cores while the softmax of this step runs on the other units. The last pair is the first-order matrix. Rows
+behind a ragged block arrive as zeros and are masked.
 """
 
 from triton.experimental import gluon
@@ -29,12 +30,13 @@ def tile(ring, place, HEAD_DIM: gl.constexpr):
 def load(
     q_desc, k_desc, v_desc, kbar_desc, vbar_desc, slope_desc, queries, keys, values, start, full, empty,
     count_ptr, indices_ptr, width, n_groups, i, b, h, head,
-    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, SLOPES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, SLOPES: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """The warp that asks for tiles. Pair t is value tile t and key tile t + 1; pair n_tiles, the first-order matrix."""
     TILE: gl.constexpr = BLOCK * HEAD_DIM * 2  # bytes
-    mbarrier.expect(start, 2 * TILE)
-    tma.async_copy_global_to_shared(q_desc, [b, h, i * BLOCK, 0], start, queries.index(0))
+    mbarrier.expect(start, (SHARED + 1) * TILE)
+    for own in gl.static_range(SHARED):
+        tma.async_copy_global_to_shared(q_desc, [b, h, (i + own) * BLOCK, 0], start, queries.index(own))
     j, j_next = gl.load(indices_ptr), gl.load(indices_ptr + gl.minimum(1, width - 1))
     count = gl.load(count_ptr)
     # The first keys have no pair: they lie where the last pair of the ring will put its own.
@@ -72,15 +74,15 @@ def load(
 def compute(
     o_desc, queries, keys, values, start, full, empty, count_ptr, indices_ptr, bits_ptr, lse_ptr,
     n_groups, q_len, k_len, i, b, h, head, s,
-    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, SLOPES: gl.constexpr,
+    own: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, SLOPES: gl.constexpr,
 ):  # fmt: skip
-    """The four warps that compute."""
+    """The four warps that compute query block i + own."""
     DTYPE: gl.constexpr = o_desc.dtype
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
-    ROWS: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    ROWS_OUT: gl.constexpr = gl.SliceLayout(1, OUTPUT)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    BY_ROW_OUT: gl.constexpr = gl.SliceLayout(1, OUTPUT)
 
     scale = s * 1.4426950408889634  # log2(e)
     count = gl.load(count_ptr)
@@ -93,12 +95,12 @@ def compute(
     if TAIL != DROP:
         first_word, second_word = gl.load(bits_ptr), gl.load(bits_ptr + 1)
     acc = gl.zeros([BLOCK, HEAD_DIM], gl.float32, OUTPUT)
-    m = gl.full([BLOCK], float("-inf"), gl.float32, ROWS)
-    mass = gl.zeros([BLOCK], gl.float32, ROWS)
+    m = gl.full([BLOCK], float("-inf"), gl.float32, BY_ROW)
+    mass = gl.zeros([BLOCK], gl.float32, BY_ROW)
     tail = mass  # what the means contribute to it
 
     mbarrier.wait(start, 0)
-    q_tile = tile(queries, 0, HEAD_DIM)
+    q_tile = tile(queries, own, HEAD_DIM)
     q = q_tile.load(gl.DotOperandLayout(0, LOGITS, 2))  # in registers: a third less to read from shared memory
     zeros = gl.zeros([BLOCK, BLOCK], gl.float32, LOGITS)
     logits = warpgroup_mma(q, tile(keys, STAGES - 1, HEAD_DIM).permute((1, 0)), zeros, use_acc=False)
@@ -129,7 +131,7 @@ def compute(
         if TAIL == HYBRID:
             tail = tail * rescale + gl.where(t < count, 0.0, step_mass)
         m = m_new
-        acc = acc * gl.convert_layout(rescale, ROWS_OUT)[:, None]
+        acc = acc * gl.convert_layout(rescale, BY_ROW_OUT)[:, None]
         p = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, OUTPUT, 2))
         acc = warpgroup_mma(p, tile(values, place, HEAD_DIM), acc, is_async=True)
         logits, acc = warpgroup_mma_wait(0, deps=[coming, acc])
@@ -142,18 +144,18 @@ def compute(
         first_order = warpgroup_mma(q_tile.slice(0, BLOCK, dim=1), tile(values, place, HEAD_DIM), first_order)
         if SLOPES > 1:
             first_order = warpgroup_mma(q_tile.slice(BLOCK, BLOCK, dim=1), tile(keys, place, HEAD_DIM), first_order)
-        acc += gl.convert_layout(tail * s, ROWS_OUT)[:, None] * first_order
-    o = (acc / gl.convert_layout(mass, ROWS_OUT)[:, None]).to(DTYPE)
+        acc += gl.convert_layout(tail * s, BY_ROW_OUT)[:, None] * first_order
+    o = (acc / gl.convert_layout(mass, BY_ROW_OUT)[:, None]).to(DTYPE)
     q_tile.store(o)
     fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [b, h, i * BLOCK, 0], queries.index(0))
-    rows = i * BLOCK + gl.arange(0, BLOCK, ROWS)
+    tma.async_copy_shared_to_global(o_desc, [b, h, (i + own) * BLOCK, 0], queries.index(own))
+    rows = (i + own) * BLOCK + gl.arange(0, BLOCK, BY_ROW)
     lse = (m + gl.log2(mass)) * 0.6931471805599453  # natural logarithm
     gl.store(lse_ptr + head.to(gl.int64) * q_len + rows, lse, mask=rows < q_len)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "q_len", "k_len", "width", "n_groups"])
+@gluon.jit(do_not_specialize=["heads", "n_q", "q_len", "k_len", "width", "n_groups"])
 def attend_kernel(
     q_desc,  # [B, H, Lq, D] in tiles [1, 1, BLOCK, D], as the next three
     o_desc,
@@ -167,6 +169,7 @@ def attend_kernel(
     bits_ptr,  # [B * H, Nq, 2 * n_groups] int32, set where a block is exact or absent
     lse_ptr,  # [B * H, Lq] fp32
     heads,
+    n_q,
     q_len,
     k_len,
     width,
@@ -175,15 +178,16 @@ def attend_kernel(
     HEAD_DIM: gl.constexpr,
     TAIL: gl.constexpr,
     STAGES: gl.constexpr,
+    SHARED: gl.constexpr,
 ):
-    """Program (i, head): query block i of one head."""
+    """Program (i, head): `SHARED` query blocks of one head, whose list is that of the first of them."""
     DTYPE: gl.constexpr = q_desc.dtype
     SLOPES: gl.constexpr = HEAD_DIM // BLOCK if TAIL == HYBRID else 0
-    i, head = gl.program_id(0), gl.program_id(1)
+    i, head = gl.program_id(0) * SHARED, gl.program_id(1)
     b, h = head // heads, head % heads
-    row = head.to(gl.int64) * gl.num_programs(0) + i
+    row = head.to(gl.int64) * n_q + i
     count_ptr, indices_ptr, bits_ptr = counts_ptr + row, indices_ptr + row * width, bits_ptr + row * 2 * n_groups
-    queries = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK, HEAD_DIM], q_desc.layout)
+    queries = gl.allocate_shared_memory(DTYPE, [SHARED, 1, 1, BLOCK, HEAD_DIM], q_desc.layout)
     keys = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK, HEAD_DIM], q_desc.layout)
     values = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK, HEAD_DIM], q_desc.layout)
     starts = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -192,25 +196,56 @@ def attend_kernel(
     mbarrier.init(starts.index(0), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=SHARED)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                compute,
+    if SHARED == 1:
+        gl.warp_specialize(
+            [
                 (
-                    o_desc, queries, keys, values, starts.index(0), full, empty, count_ptr, indices_ptr, bits_ptr,
-                    lse_ptr, n_groups, q_len, k_len, i, b, h, head, s, HEAD_DIM, STAGES, TAIL, SLOPES,
+                    compute,
+                    (
+                        o_desc, queries, keys, values, starts.index(0), full, empty, count_ptr, indices_ptr, bits_ptr,
+                        lse_ptr, n_groups, q_len, k_len, i, b, h, head, s, 0, HEAD_DIM, STAGES, TAIL, SLOPES,
+                    ),
                 ),
-            ),
-            (
-                load,
                 (
-                    q_desc, k_desc, v_desc, kbar_desc, vbar_desc, slope_desc, queries, keys, values, starts.index(0),
-                    full, empty, count_ptr, indices_ptr, width, n_groups, i, b, h, head, HEAD_DIM, STAGES, SLOPES,
+                    load,
+                    (
+                        q_desc, k_desc, v_desc, kbar_desc, vbar_desc, slope_desc, queries, keys, values,
+                        starts.index(0), full, empty, count_ptr, indices_ptr, width, n_groups, i, b, h, head,
+                        HEAD_DIM, STAGES, SLOPES, SHARED,
+                    ),
                 ),
-            ),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    compute,
+                    (
+                        o_desc, queries, keys, values, starts.index(0), full, empty, count_ptr, indices_ptr, bits_ptr,
+                        lse_ptr, n_groups, q_len, k_len, i, b, h, head, s, 0, HEAD_DIM, STAGES, TAIL, SLOPES,
+                    ),
+                ),
+                (
+                    compute,
+                    (
+                        o_desc, queries, keys, values, starts.index(0), full, empty, count_ptr, indices_ptr, bits_ptr,
+                        lse_ptr, n_groups, q_len, k_len, i, b, h, head, s, 1, HEAD_DIM, STAGES, TAIL, SLOPES,
+                    ),
+                ),
+                (
+                    load,
+                    (
+                        q_desc, k_desc, v_desc, kbar_desc, vbar_desc, slope_desc, queries, keys, values,
+                        starts.index(0), full, empty, count_ptr, indices_ptr, width, n_groups, i, b, h, head,
+                        HEAD_DIM, STAGES, SLOPES, SHARED,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip

@@ -16,6 +16,7 @@ def statistics_kernel(
     v_ptr,
     kbar_ptr,  # [B * H, n_padded, D], zeros from block Nk on
     vbar_ptr,
+    kbar_fp32_ptr,  # [B * H, Nk, D] fp32, or None
     slopes_ptr,  # [B * H, programs, D, D] fp32: sums of H_j
     k_stride_b,
     k_stride_h,
@@ -60,6 +61,10 @@ def statistics_kernel(
         in_range = (first + rows < some_end)[:, None]
         tl.store(kbar_ptr + means, kbar.to(kbar_ptr.dtype.element_ty), mask=in_range)
         tl.store(vbar_ptr + means, vbar.to(vbar_ptr.dtype.element_ty), mask=in_range)
+        if kbar_fp32_ptr is not None:
+            n_k = tl.cdiv(k_len, BLOCK)
+            exact = (head * n_k + first + rows[:, None]) * HEAD_DIM + dims[None, :]
+            tl.store(kbar_fp32_ptr + exact, kbar, mask=in_range & (first + rows < n_k)[:, None])
         if FIRST_ORDER:  # less sum_j n_j kbar_j^T vbar_j, each factor in two parts: one alone would be rounded
             k_high, k_low = two_parts(-k_sums, kbar_ptr.dtype.element_ty)
             v_high, v_low = two_parts(vbar, vbar_ptr.dtype.element_ty)

@@ -104,3 +104,16 @@ def test_impossible_densities_are_refused(routing, density):
 def test_unknown_score_is_refused():
     with pytest.raises(ValueError, match="No score 'mean'. Allowed: centroid, covariance"):
         TopK(score="mean")
+
+
+@pytest.mark.parametrize("q_len", [64, 90, 96])
+def test_query_blocks_that_share_a_list_are_scored_as_one(q_len, seed):
+    """Their list is that of one block of all their queries; a lone last block has its own."""
+    q, k, v = (normal(1, 2, n, 32) for n in (q_len, 200, 200))
+    one = TopK(0.3)(q, k, v, Blocks(16, q_len, 200, shared=2)).validate()
+    assert (one.shared, one.counts.shape[2]) == (2, -(-q_len // 16))
+    scores = Blocks(32, q_len, 200).mean(q) @ Blocks(16, 200, 200).mean(k).mT
+    expected = scores.topk(one.indices.shape[-1]).indices.sort().values
+    assert torch.equal(one.indices[:, :, ::2].long(), expected)
+    drawn = RandomTopK(0.3)(q, k, v, Blocks(16, q_len, 200, shared=2)).validate()
+    assert drawn.shared == 2

@@ -1,11 +1,11 @@
-"""Every engine against the float64 definition, on the same numbers. Whoever stands in FASTEST_FIRST is tested."""
+"""Every engine against the float64 definition, on the same numbers. Whoever stands in ENGINES is tested."""
 
 import pytest
 import torch
 from hypothesis import assume, currently_in_test_context, given
 
 from pisa import BlockMap, Blocks, Tail, engines, reference
-from pisa.engines import FASTEST_FIRST, choose, eager
+from pisa.engines import ENGINES, FASTEST_FIRST, choose, eager
 from pisa.tail import TAILS
 from tests.pisa.cases import DEVICE, Largest, cases, normal, random_map, relative_l2
 
@@ -24,7 +24,7 @@ def can_run_here(name):
     return True
 
 
-every_engine = pytest.mark.parametrize("engine", [name for name in FASTEST_FIRST if can_run_here(name)])
+every_engine = pytest.mark.parametrize("engine", [name for name in ENGINES if can_run_here(name)])
 
 
 def run(engine, q, k, v, block_map, tail, scale=None):

@@ -3,10 +3,12 @@
 Without a GPU the kernels run in Triton's interpreter, so every case is tiny.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from pisa import BlockMap, Blocks, Tail, reference
+from pisa import BlockMap, Blocks, Tail, launch, reference
 from pisa.engines import choose, eager, name_of
 from pisa.engines import triton as engine
 from tests.pisa.cases import DEVICE, normal, random_map, relative_l2
@@ -102,31 +104,43 @@ def test_the_exact_block_is_not_in_the_tail(row, dtype, seed):
 def test_statistics_are_means_and_the_sum_of_slopes(shape, strided, seed, monkeypatch):
     """Keys far from zero: the sum of H_j must not be the difference of two large numbers."""
     size, _, k_len, dim, batch, heads = shape
-    monkeypatch.setattr(engine, "PROGRAMS", 20)  # several blocks in a program
+    monkeypatch.setattr(launch, "PROGRAMS", 20)  # several blocks in a program
     dtype = DTYPES[0]
     k, v = (framed(batch, heads, k_len, dim, dtype=dtype, strided=strided) for _ in range(2))
     k += 30
     blocks = Blocks(size, k_len, k_len)
-    n = 64 * (-(-blocks.n_k // 64))
-    kbar, vbar, slope = engine.statistics(k, v, size, n, first_order=True)
+    kbar_fp32 = torch.full((batch * heads, blocks.n_k, dim), torch.nan, device=DEVICE)
+    found = launch.summarise(k, v, size, first_order=True, kbar_fp32=kbar_fp32)
     true_kbar, true_vbar = (
         torch.stack([block.mean(2) for block in x.double().split(size, 2)], 2).flatten(0, 1) for x in (k, v)
     )
     eps = torch.finfo(dtype).eps
-    assert relative_l2(kbar[:, : blocks.n_k], true_kbar) < 2 * eps
-    assert relative_l2(vbar[:, : blocks.n_k], true_vbar) < 4 * eps
-    assert not kbar[:, blocks.n_k :].any()
-    assert not vbar[:, blocks.n_k :].any()
+    assert relative_l2(kbar_fp32, true_kbar) < 1e-6
+    assert relative_l2(found.kbar[:, : blocks.n_k], true_kbar) < 2 * eps
+    assert relative_l2(found.vbar[:, : blocks.n_k], true_vbar) < 4 * eps
+    assert not found.kbar[:, blocks.n_k :].any()
+    assert not found.vbar[:, blocks.n_k :].any()
     keys = k.double() - true_kbar.unflatten(0, (batch, heads)).repeat_interleave(size, 2)[:, :, :k_len]
-    assert relative_l2(slope, (keys.mT @ v.double()).flatten(0, 1)) < 1e-4  # fp32 sums, whatever the inputs are
-    assert engine.statistics(k, v, size, n, first_order=False)[2] is None
+    slope = (keys.mT @ v.double()).flatten(0, 1) / k_len
+    assert relative_l2(found.slope, slope) < 1e-4 + 2 * eps  # fp32 sums, whatever the inputs are
+    assert launch.summarise(k, v, size, first_order=False).slope is None
+
+
+def test_a_map_brings_the_summary_of_its_own_tensors_only(seed):
+    k, v = (normal(1, 1, 64, 32, DTYPES[0]) for _ in range(2))
+    block_map = random_map(1, 1, Blocks(16, 64, 64), uniform=True)
+    brought = replace(block_map, summary=launch.summarise(k, v, 16, first_order=False))
+    assert launch.summary_of(brought, k, v, first_order=False) is brought.summary
+    assert launch.summary_of(brought, k, v, first_order=True).slope is not None
+    for other in ((k.clone(), v), (k, v.clone())):
+        assert launch.summary_of(brought, *other, first_order=False) is not brought.summary
 
 
 @pytest.mark.parametrize("k_len", [16, 512, 528, 1100])
 def test_bits_are_the_map(k_len, seed):
     blocks = Blocks(16, 40, k_len)
     block_map = random_map(1, 2, blocks, uniform=False)
-    bits = engine.selection(block_map.counts, block_map.indices, n_words=2 * -(-blocks.n_k // 64), n_k=blocks.n_k)
+    bits = launch.bits_of(block_map)
     j = torch.arange(32 * bits.shape[-1], device=DEVICE)
     mask = (bits[..., j // 32] >> (j % 32) & 1).bool()
     assert torch.equal(mask[..., : blocks.n_k], block_map.to_mask())
