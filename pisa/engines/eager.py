@@ -22,7 +22,7 @@ from .softmax import MASKED, attention, merge_
 
 Parts = list[tuple[slice, slice]]  # (heads, query blocks) of each chunk
 GATHERED_BYTES_CPU = 4 << 20  # what a chunk of the exact part gathers: it stays in the caches
-TAIL_BYTES_CPU = 16 << 20  # a chunk of the tail: from 192 query blocks on, torch's kernel takes larger tiles
+TAIL_BYTES_CPU = 32 << 20  # a chunk of the tail: from 192 query blocks on, torch's kernel takes larger tiles
 CHUNK_BYTES = 256 << 20  # elsewhere few large launches
 
 
@@ -49,7 +49,8 @@ def attend(
             for part in parts:
                 merge_(o[part], lse[part], *rest(queries[part], *part))
 
-        in_threads(add, list(chunks(queries, [cost] * blocks.n_q, TAIL_BYTES_CPU)), queries.device)
+        share = cost * blocks.n_q * len(queries) // torch.get_num_threads()  # or some threads would have no chunk
+        in_threads(add, list(chunks(queries, [cost] * blocks.n_q, min(TAIL_BYTES_CPU, share))), queries.device)
     return uncut(o, q), uncut(lse, q)
 
 
