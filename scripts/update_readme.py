@@ -74,17 +74,15 @@ def bench(folder: Path) -> str:
                 "engine": record["engine"],
                 "dense ms": f"{dense:#.3g}".rstrip(".") if dense < 1000 else f"{dense:.0f}",
                 "PISA ms": f"{ours:#.3g}".rstrip(".") if ours < 1000 else f"{ours:.0f}",
-                "speed-up (95 %)": f"{record['speedup']:.2f} ({record['speedup_low']:.2f} to {record['speedup_high']:.2f})",
+                "speed-up (95 %)": "{speedup:.2f} ({speedup_low:.2f} to {speedup_high:.2f})".format_map(record),
                 "peak memory MB": f"{record['peak_memory_mb']:.0f}",
                 "size": (model["batch"] * model["heads"] * model["tokens"] ** 2, ours),
             }
         )
     text = pd.DataFrame(rows).sort_values("size").drop(columns="size").to_markdown(index=False, disable_numparse=True)
     one = chosen.iloc[0]
-    return (
-        f"{text}\n\nDense is `{one['dense_kernel']}`, {one['config']['model']['dtype']}, {one['machine']}; speed-up is the "
-        "geometric mean over rounds; memory with the output.\n"
-    )
+    note = f"Dense is `{one['dense_kernel']}`, {one['config']['model']['dtype']}, {one['machine']}"
+    return f"{text}\n\n{note}; speed-up is the geometric mean over rounds; memory with the output.\n"
 
 
 def main() -> int:
