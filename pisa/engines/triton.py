@@ -1,7 +1,7 @@
 """The Triton engine: launchers and tile choice for the kernels of pisa/kernels. NVIDIA GPUs from sm_80 on.
 
-A call is at most four launches: the map as bits and block statistics (two), unless the routing made them on the way, and
-attention; `drop` is one. On Hopper attention is pisa/kernels/hopper.py, where its tiles can be loaded by TMA.
+A call is at most four launches: the map as bits and block statistics (two), unless the routing made them on the way,
+and attention; `drop` is one. On Hopper attention is pisa/kernels/hopper.py, where its tiles can be loaded by TMA.
 Nothing asks the device for a number, nothing is tuned at run time, and lengths are run-time arguments.
 Without CUDA it runs when named and TRITON_INTERPRET=1 is set: far too slow to use, right enough to test.
 """
