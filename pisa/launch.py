@@ -63,8 +63,8 @@ def means(k: Tensor, block: int) -> Tensor:
     return kbar
 
 
-def deviations(k: Tensor, v: Tensor, block: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Block means of k `[B * H, N, D]` and log(|H_j - Hbar|_F + epsilon) `[B * H, N]`, both fp32."""
+def deviations(k: Tensor, v: Tensor, slope: Tensor, block: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Block means of k `[B * H, N, D]` and log(|H_j - Hbar|_F + epsilon) `[B * H, N]`, fp32; slope as in `Summary`."""
     from .kernels.routing import deviations_kernel
 
     B, H, k_len, dim = k.shape
@@ -73,7 +73,6 @@ def deviations(k: Tensor, v: Tensor, block: int, epsilon: float) -> tuple[Tensor
     bias = k.new_empty(B * H, n_k, dtype=torch.float32)
     per_program = -(-n_k * B * H // (2 * multiprocessors(k)))
     with on_device_of(k):
-        slope = summarise(k, v, block, first_order=True).slope
         deviations_kernel[(-(-n_k // per_program), B * H)](
             k, v, slope, kbar, bias, *k.stride()[:3], *v.stride()[:3], H, k_len, n_k, per_program, epsilon,
             HEAD_DIM=dim, BLOCK=block, num_warps=8, num_stages=1 if block == 128 else 2,

@@ -116,7 +116,8 @@ class TopK:
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         bias = summary = None
         if self.score == "covariance":
-            kbar, bias = launch.deviations(k, v, blocks.size, EPSILON)
+            summary = launch.summarise(k, v, blocks.size, first_order=True)
+            kbar, bias = launch.deviations(k, v, summary.slope, blocks.size, EPSILON)
         elif blocks.tail in ("zeroth", "hybrid"):  # it reads the keys as well: once for both
             kbar = k.new_empty(k.shape[0] * k.shape[1], blocks.n_k, k.shape[3], dtype=torch.float32)
             summary = launch.summarise(k, v, blocks.size, blocks.tail == "hybrid", kbar)

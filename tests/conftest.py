@@ -49,3 +49,9 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from pisa import launch
+
+    launch.PROGRAMS = 8  # the interpreter runs programs one after the other; how many there are changes no result

@@ -200,13 +200,15 @@ def test_deviations(shape, dtype, seed):
         pytest.skip("torch's business")
     _, k, v, blocks = problem(shape, dtype)
     k, v = k + 3, v - 2
-    kbar, bias = launch.deviations(k, v, blocks.size, EPSILON)
+    slope = launch.summarise(k, v, blocks.size, first_order=True).slope
+    kbar, bias = launch.deviations(k, v, slope, blocks.size, EPSILON)
     truth = [block.mean(2) for block in k.double().split(blocks.size, 2)]
     assert relative_l2(kbar, torch.stack(truth, 2).flatten(0, 1)) < 1e-6
     plain, full = reference.centroid_scores(k, k, blocks.size), reference.covariance_scores(k, k, v, blocks.size)
     error = (bias - (full - plain)[:, :, 0].flatten(0, 1)).abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 1e-2)
-    assert (launch.deviations(torch.zeros_like(k), v, blocks.size, 0.5)[1] - math.log(0.5)).abs().max() < 1e-5
+    still = launch.deviations(torch.zeros_like(k), v, torch.zeros_like(slope), blocks.size, 0.5)[1]
+    assert (still - math.log(0.5)).abs().max() < 1e-5
 
 
 @every_dtype
