@@ -47,7 +47,7 @@ class Apart:
         permutation, raw = method.order(q, k, grid), (q, k, v)
         if permutation is not None:
             q, k, v = (x.index_select(2, permutation) for x in raw)
-        blocks, block_map = Blocks(method.block_size, q.shape[2], k.shape[2], grid), method.last.block_map
+        blocks, block_map = method.blocks(q, k, grid), method.last.block_map
         engine = engines.choose(method.last.engine, q, block_map, method.tail)
         return cls(method, raw, q, k, v, permutation, blocks, block_map, engine)
 

@@ -130,14 +130,16 @@ class SparseAttention:
         permutation = self.order(q, k, grid)
         if permutation is not None:
             q, k, v = (x.index_select(2, permutation) for x in (q, k, v))
-        shared = blocks_sharing(self.block_q, self.block_size)
-        block_map = self.routing(
-            q, k, v, Blocks(self.block_size, q.shape[2], k.shape[2], grid, scale, shared, self.tail.name)
-        )
+        block_map = self.routing(q, k, v, replace(self.blocks(q, k, grid, scale), tail=self.tail.name))
         o, _, engine = execute(q, k, v, block_map, self.tail, scale, self.engine)
         if not torch.compiler.is_compiling():
             self.last = Routed(replace(block_map, bits=None, summary=None), engine)
         return o if permutation is None else o.index_select(2, inverse(permutation))
+
+    def blocks(self, q: Tensor, k: Tensor, grid: Grid | None = None, scale: float | None = None) -> Blocks:
+        """How this method cuts q and k, for a routing that prepares no tail."""
+        shared = blocks_sharing(self.block_q, self.block_size)
+        return Blocks(self.block_size, q.shape[2], k.shape[2], grid, scale, shared)
 
 
 def execute(

@@ -117,6 +117,11 @@ class BlockMap:
     def n_k(self) -> int:
         return -(-self.k_len // self.block_size)
 
+    @property
+    def known_full(self) -> bool:
+        """Every key block is exact in every row, and the maker said so: nothing is left for a tail."""
+        return self.uniform and self.indices.shape[-1] == self.n_k
+
     @classmethod
     def from_indices(cls, indices: Tensor, blocks: Blocks) -> "BlockMap":
         """The uniform map of `indices` `[B, H, Nq, width]`: distinct key blocks in any order. Never synchronises.

@@ -39,8 +39,7 @@ def attend(
     blocks = Blocks(block_map.block_size, q.shape[2], k.shape[2])
     queries, keys, values = (cut(x, blocks.size) for x in (q, k, v))  # [G, N, b, D]
     o, lse = exact(queries, keys, values, block_map, blocks, scale)
-    every_block_is_exact = block_map.uniform and block_map.indices.shape[-1] == blocks.n_k
-    if tail.name != "drop" and not every_block_is_exact:
+    if tail.name != "drop" and not block_map.known_full:
         rest = Rest.of(keys, values, block_map, blocks, tail, scale)
         logits = 0 if q.device.type == "cpu" and tail.name != "blockwise_first" else blocks.n_k  # not always in memory
         cost = 4 * blocks.size * (logits + 3 * q.shape[3])  # fp32: logits, queries, two outputs

@@ -60,10 +60,9 @@ def attend(
     """
     q, k, v = (aligned(x) for x in (q, k, v))
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    everything_is_exact = block_map.uniform and block_map.indices.shape[-1] == block_map.n_k
     with on_device_of(q):
         o, lse = exact(q, k, v, block_map, scale)
-        if tail.name != "drop" and not everything_is_exact:
+        if tail.name != "drop" and not block_map.known_full:
             add_tail_(o, lse, q, k, v, block_map, tail, scale)
     return o, lse
 

@@ -54,8 +54,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """The contract of `pisa.engines`. o has q's strides where q is dense in memory."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    everything_is_exact = block_map.uniform and block_map.indices.shape[-1] == block_map.n_k
-    tail = Tail("drop") if everything_is_exact else tail
+    tail = Tail("drop") if block_map.known_full else tail
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     scale = q.shape[3] ** -0.5 if scale is None else scale
