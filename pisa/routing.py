@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import launch
 from .blocks import BlockMap, Blocks
+from .crew import Crew
 
 EPSILON = 1e-5  # inside the logarithm of the covariance-aware score, as in the paper
 
@@ -107,9 +108,17 @@ class TopK:
 
     def by_torch(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, count: int, text: slice) -> BlockMap:
         """The definition, on every device."""
-        scores = SCORES[self.score](q, k, v, blocks)
-        scores[..., text] = torch.inf
-        return BlockMap.from_indices(best(scores, count), blocks)
+        lists = q.new_empty(*q.shape[:2], -(-blocks.n_q // blocks.shared), count, dtype=torch.int64)
+
+        def choose(parts: list[slice]) -> None:
+            for heads in parts:
+                scores = SCORES[self.score](q[:, heads], k[:, heads], v[:, heads], blocks)
+                scores[..., text] = torch.inf
+                lists[:, heads] = best(scores, count)
+
+        with Crew.called(q.device) as crew:
+            crew.share(choose, crew.cut(q.shape[1]))
+            return BlockMap.from_indices(lists, blocks)
 
     def by_kernels(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, count: int, text: slice) -> BlockMap:
         """The same in two launches (covariance: four) and without the matrix of scores, where `launch` can."""

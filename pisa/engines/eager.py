@@ -6,22 +6,19 @@ a D x D matrix for every block. Nothing asks the device for a number unless the 
 G = B * H heads of the whole batch; g heads and r query blocks make a chunk.
 """
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from threading import Barrier
 
 import torch
 from torch import Tensor
 
 from ..blocks import BlockMap, Blocks
+from ..crew import Crew
 from ..tail import Tail
 from .softmax import MASKED, attention, merge_
 
 Parts = list[tuple[slice, slice]]  # (heads, query blocks) of each chunk
-GATHERED_BYTES_CPU = 4 << 20  # what a chunk of the exact part gathers: it stays in the caches
+GATHERED_BYTES_CPU = 2 << 20  # what a chunk of the exact part gathers: it stays in the caches
 TAIL_BYTES_CPU = 32 << 20  # a chunk of the tail: from 192 query blocks on, torch's kernel takes larger tiles
 CHUNK_BYTES = 256 << 20  # elsewhere few large launches
 
@@ -37,20 +34,28 @@ def attend(
     """The contract of `pisa.engines`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     blocks = Blocks(block_map.block_size, q.shape[2], k.shape[2])
-    queries, keys, values = (cut(x, blocks.size) for x in (q, k, v))  # [G, N, b, D]
-    o, lse = exact(queries, keys, values, block_map, blocks, scale)
-    if tail.name != "drop" and not block_map.known_full:
-        rest = Rest.of(keys, values, block_map, blocks, tail, scale)
-        logits = 0 if q.device.type == "cpu" and tail.name != "blockwise_first" else blocks.n_k  # not always in memory
-        cost = 4 * blocks.size * (logits + 3 * q.shape[3])  # fp32: logits, queries, two outputs
-
-        def add(parts: Parts) -> None:
-            for part in parts:
-                merge_(o[part], lse[part], *rest(queries[part], *part))
-
-        share = cost * blocks.n_q * len(queries) // torch.get_num_threads()  # or some threads would have no chunk
-        in_threads(add, list(chunks(queries, [cost] * blocks.n_q, min(TAIL_BYTES_CPU, share))), queries.device)
+    with Crew.called(q.device) as crew:
+        queries, keys, values = (cut(x, blocks.size) for x in (q, k, v))  # [G, N, b, D]
+        o, lse = exact(queries, keys, values, block_map, blocks, scale, crew)
+        if tail.name != "drop" and not block_map.known_full:
+            rest = Rest.of(keys, values, block_map, blocks, tail, scale, crew)
+            add_tail(o, lse, queries, rest, crew)
     return uncut(o, q), uncut(lse, q)
+
+
+def add_tail(o: Tensor, lse: Tensor, queries: Tensor, rest: "Rest", crew: Crew) -> None:
+    """Merges the tail of every query block into the exact part's o and lse."""
+    in_memory = queries.device.type != "cpu" or rest.slopes is not None  # the logits; torch's CPU kernel never has them
+    logits = rest.keys.shape[2] if in_memory else 0
+    size, dim = queries.shape[2:]
+    cost = 4 * size * (logits + 3 * dim)  # fp32: logits, queries, two outputs
+
+    def add(parts: Parts) -> None:
+        for part in parts:
+            merge_(o[part], lse[part], *rest(queries[part], *part))
+
+    share = cost * queries.shape[0] * queries.shape[1] // crew.size  # or some threads would have no chunk
+    crew.share(add, list(chunks(queries, [cost] * queries.shape[1], min(TAIL_BYTES_CPU, share))))
 
 
 def cut(x: Tensor, size: int) -> Tensor:
@@ -85,7 +90,7 @@ def chunks(queries: Tensor, costs: list[int], on_cpu: int) -> Iterator[tuple[sli
 
 
 def exact(
-    queries: Tensor, keys: Tensor, values: Tensor, block_map: BlockMap, blocks: Blocks, scale: float
+    queries: Tensor, keys: Tensor, values: Tensor, block_map: BlockMap, blocks: Blocks, scale: float, crew: Crew
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query block to its own key blocks: o `[G, Nq, b, D]`, lse `[G, Nq, b]` fp32."""
     o = torch.empty_like(queries)
@@ -110,48 +115,8 @@ def exact(
             bias = None if full else padding(indices[heads, rows, :width], blocks)
             o[heads, rows], lse[heads, rows] = attention(q, k, v, bias, scale)
 
-    in_threads(attend_to_own, parts, queries.device)
+    crew.share(attend_to_own, parts)
     return o, lse
-
-
-def in_threads(work: Callable[[Parts], None], parts: Parts, device: torch.device) -> None:
-    """Calls `work` with shares of `parts`: on a CPU one for each thread of torch, which then computes alone.
-
-    The operators of one chunk are too small for all threads to share: they would wait for each other after each.
-    """
-    threads = min(torch.get_num_threads(), len(parts)) if device.type == "cpu" else 1
-    if threads == 1:
-        return work(parts)
-    inference = torch.is_inference_mode_enabled()
-
-    def share(number: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # both belong to the thread that sets them
-            work(parts[number::threads])
-
-    for done in [pool(threads).submit(share, number) for number in range(threads)]:
-        done.result()  # raises what the share raised
-    return None
-
-
-@cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in which every operator of torch runs alone; they stay, since new ones would fault in fresh memory."""
-    before = torch.get_num_threads()
-    started = Barrier(threads)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    workers = ThreadPoolExecutor(threads, thread_name_prefix="pisa")
-    for done in [workers.submit(start) for _ in range(threads)]:
-        done.result()
-    torch.set_num_threads(before)  # threads that start later take the last number set, which was 1
-    return workers
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=pool.cache_clear)  # a forked process has none of these threads
 
 
 def gather(table: Tensor, buffer: Tensor, picked: Tensor) -> Tensor:
@@ -184,13 +149,15 @@ class Rest:
     scale: float
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, block_map: BlockMap, blocks: Blocks, tail: Tail, scale: float) -> "Rest":
+    def of(
+        cls, keys: Tensor, values: Tensor, block_map: BlockMap, blocks: Blocks, tail: Tail, scale: float, crew: Crew
+    ) -> "Rest":
         lengths = blocks.lengths(blocks.k_len, keys.device)[:, None]
-        kbar, vbar = (x.sum(2, dtype=torch.float32) / lengths for x in (keys, values))  # [G, Nk, D]
+        kbar, vbar, slope = statistics(keys, values, lengths, tail.name == "hybrid", crew)
         bias = torch.where(block_map.to_mask().flatten(0, 1), MASKED, lengths.squeeze(1).log())
-        slope = slopes = None
-        if tail.name == "hybrid":
-            slope = sum_of_slopes(keys, values, kbar) * (scale / blocks.k_len)
+        slopes = None
+        if slope is not None:
+            slope *= scale / blocks.k_len
         if tail.name == "blockwise_first":  # fp32; the fill of a short block meets values of zero
             slopes = (keys - kbar[:, :, None]) * (scale / lengths[:, None]), values.float()
         return cls(kbar[:, None], vbar[:, None], bias, slope, slopes, scale)
@@ -209,17 +176,27 @@ class Rest:
         return o, lse
 
 
-def sum_of_slopes(keys: Tensor, values: Tensor, kbar: Tensor) -> Tensor:
-    """sum_j H_j `[G, D, D]` fp32. Centring before the product keeps keys with a large mean exact."""
-    total = torch.zeros(len(keys), keys.shape[3], keys.shape[3], device=keys.device)
+def statistics(
+    keys: Tensor, values: Tensor, lengths: Tensor, first_order: bool, crew: Crew
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """kbar, vbar `[G, Nk, D]` and, if first_order, sum_j H_j `[G, D, D]`, all fp32; lengths: n_j `[Nk, 1]`.
+
+    Centring before the product keeps keys with a large mean exact.
+    """
+    groups, n, _, dim = keys.shape
+    kbar, vbar = (keys.new_empty(groups, n, dim, dtype=torch.float32) for _ in range(2))
+    slope = torch.zeros(groups, dim, dim, device=keys.device) if first_order else None
     on_cpu = keys.device.type == "cpu"
-    few = 32 if on_cpu else keys.shape[1]  # blocks at a time: the centred keys stay in the caches
+    few = 32 if on_cpu else n  # blocks at a time: they and the centred keys stay in the caches
 
-    def add(parts: Parts) -> None:
-        for heads, _ in parts:
-            for k, v, mean in zip(*(x[heads].split(few, dim=1) for x in (keys, values, kbar)), strict=True):
-                total[heads].baddbmm_((k - mean[:, :, None]).flatten(1, 2).mT, v.float().flatten(1, 2))
+    def add(parts: list[slice]) -> None:
+        for heads in parts:
+            tensors = (x[heads].split(few, dim=1) for x in (keys, values, kbar, vbar))
+            for k, v, k_mean, v_mean, count in zip(*tensors, lengths.split(few), strict=True):
+                for x, mean in ((k, k_mean), (v, v_mean)):
+                    torch.sum(x, 2, dtype=torch.float32, out=mean).div_(count)
+                if slope is not None:
+                    slope[heads].baddbmm_((k - k_mean[:, :, None]).flatten(1, 2).mT, v.float().flatten(1, 2))
 
-    each = range(len(keys)) if on_cpu else ()
-    in_threads(add, [(slice(g, g + 1), slice(None)) for g in each] or [(slice(None), slice(None))], keys.device)
-    return total
+    crew.share(add, crew.cut(groups))
+    return kbar, vbar, slope
