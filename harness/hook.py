@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from baselines.dense import Dense
 from pisa import Grid, SparseAttention
+from pisa.orders import inverse
 
 Attention = Callable[..., Tensor]
 Observer = Callable[["Session", int, Tensor, Tensor, Tensor], None]
@@ -37,6 +38,10 @@ class Family(Protocol):
     def grid(self, transformer: nn.Module, inputs: dict[str, Any]) -> Grid:
         """The token grid of one forward, from its keyword arguments; padding of the text is not counted."""
 
+    # Optional, `reorder(inputs, permutation) -> inputs | None`: the keyword arguments of the forward with the image or
+    # video tokens permuted, for models to which a token is where its position says. A static order then costs two
+    # permutations per forward and none per layer. None: not with these inputs.
+
 
 @dataclass
 class Session:
@@ -45,7 +50,7 @@ class Session:
     dense_steps, dense_layers: the first denoising steps and the first transformer blocks that stay dense; a block with
     two self-attentions (SD3.5 medium) counts once, though each is a layer of its own.
     observe: called with (session, layer, q, k, v), tensors `[B, H, L, D]`, before every self-attention; `grid` is then
-    the grid of these tokens.
+    the grid of these tokens, and `permutation` the order they came in, None for the model's own.
     """
 
     transformer: nn.Module
@@ -60,6 +65,7 @@ class Session:
     step: int = field(default=0, init=False)
     branch: int = field(default=0, init=False)
     grid: Grid | None = field(default=None, init=False)
+    permutation: Tensor | None = field(default=None, init=False)  # of the forward's tokens, where they come in order
     sparse_calls: int = field(default=0, init=False)
     dense_calls: int = field(default=0, init=False)
     forwards: int = field(default=0, init=False)
@@ -78,7 +84,7 @@ class Session:
         self.transformer.set_attn_processor({**self._stock, **ours})
         self._hooks = [
             self.transformer.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.transformer.register_forward_hook(self._after),
+            self.transformer.register_forward_hook(self._after, prepend=True),  # other hooks see the model's order
         ]
         return self
 
@@ -87,7 +93,7 @@ class Session:
             hook.remove()
         self.transformer.set_attn_processor(dict(self._stock))
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if self.scheduler is not None:
             now = (self.scheduler.timesteps, self.scheduler.step_index)  # a new run makes a new timesteps tensor
             same = self._seen is not None and self._seen[0] is now[0] and self._seen[1] == now[1]
@@ -95,8 +101,21 @@ class Session:
             self.step, self._seen = now[1] or 0, now
         self.grid = self.family.grid(module, kwargs)
         self._reached = []
+        inputs, self.permutation = self._in_order(kwargs)
+        return args, inputs
 
-    def _after(self, *_: Any) -> None:
+    def _in_order(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        """The inputs of a forward with their tokens in the method's order, where method and family can."""
+        order, reorder = getattr(self.method, "order", None), getattr(self.family, "reorder", None)
+        can = isinstance(self.method, SparseAttention) and getattr(order, "static", False) and reorder is not None
+        if not can or self.step < self.dense_steps:
+            return inputs, None
+        tokens = inputs["hidden_states"]
+        permutation = order(tokens, tokens, replace(self.grid, text=0))
+        moved = reorder(inputs, permutation)
+        return (inputs, None) if moved is None else (moved, permutation)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if sorted(self._reached) != list(range(self.layers)):
             odd = [i for i in range(self.layers) if self._reached.count(i) != 1]
             raise RuntimeError(
@@ -104,6 +123,10 @@ class Session:
                 "skipped layers or fused projections went around our processors. Attach to the plain pipeline."
             )
         self.forwards += 1
+        if self.permutation is None:
+            return output
+        sample = output[0].index_select(1, inverse(self.permutation))
+        return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, text: int | None = None) -> Tensor:
         """Self-attention of one layer; `[B, L, H, D]` in and out, as diffusers lays tensors out.
@@ -121,7 +144,7 @@ class Session:
             o = self.dense(q, k, v)
             self.dense_calls += 1
         else:
-            o = self.method(q, k, v, grid=self.grid)
+            o = self.method(q, k, v, grid=self.grid, **({} if self.permutation is None else {"in_order": True}))
             self.sparse_calls += 1
             self.density_sum += self.method.last.density
         self._spans.append((start, self._mark(q)))

@@ -120,14 +120,23 @@ class SparseAttention:
         self.tail = Tail.of(self.tail)
         blocks_sharing(self.block_q, self.block_size)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None, scale: float | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid | None = None,
+        scale: float | None = None,
+        in_order: bool = False,
+    ) -> Tensor:
         """`[B, H, L, D]` in and out, tokens in the model's own order; scale: 1 / sqrt(D) unless given.
 
-        grid: where the tokens sit; needed by every order but raster. Raises as `piecewise_sparse_attention`.
+        grid: where the tokens sit; needed by every order but raster. in_order: the tokens come, and go, in the order of
+        this method already. Raises as `piecewise_sparse_attention`.
         """
         check_inputs(q, k, v, self.block_size, scale)
         check_grid(grid, q, k, self.order)
-        permutation = self.order(q, k, grid)
+        permutation = None if in_order else self.order(q, k, grid)
         if permutation is not None:
             q, k, v = (x.index_select(2, permutation) for x in (q, k, v))
         block_map = self.routing(q, k, v, replace(self.blocks(q, k, grid, scale), tail=self.tail.name))

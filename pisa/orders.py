@@ -1,12 +1,14 @@
 """Token orders: which tokens share a block. An order is called as `order(q, k, grid)`.
 
 It returns the permutation `[L]` int64 so that `x[:, :, permutation]` is the new order, or None when nothing moves.
-A static order looks at the grid alone; the signature leaves room for orders that cluster q or k. Text stays in place.
+A static order looks at the grid alone, so that a model can put its tokens in it once for all layers; the signature
+leaves room for orders that cluster q or k. Text stays in place.
 """
 
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +31,8 @@ class Tile2D:
     height: int = 8
     width: int = 8
 
+    static: ClassVar[bool] = True
+
     def __call__(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         return tile_order(grid, (1, self.height, self.width), q.device)
 
@@ -40,6 +44,8 @@ class Tile3D:
     frames: int = 4
     height: int = 4
     width: int = 4
+
+    static: ClassVar[bool] = True
 
     def __call__(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         return tile_order(grid, (self.frames, self.height, self.width), q.device)

@@ -70,3 +70,13 @@ class FluxFamily:
                 "only one plain image is supported, not a reference image beside it (Kontext)."
             )
         return Grid(1, height, width, text=text, text_first=True)
+
+    def reorder(self, inputs: dict[str, Any], permutation: Tensor) -> dict[str, Any] | None:
+        """An image token is where its id says; only a ControlNet's residuals know the tokens by their place."""
+        if any(inputs.get(name) is not None for name in ("controlnet_block_samples", "controlnet_single_block_samples")):
+            return None
+        tokens, ids = inputs["hidden_states"], inputs["img_ids"]
+        return inputs | {
+            "hidden_states": tokens.index_select(1, permutation),
+            "img_ids": ids.index_select(ids.ndim - 2, permutation),
+        }

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 import harness
+from harness.models.flux import FluxFamily
 from pisa.orders import Raster, Tile2D
 from tests.harness.pipelines import BUILDERS, build
 
@@ -47,7 +48,7 @@ def inputs_of(tiny) -> dict[str, torch.Tensor]:
 def first_values(tiny, inputs: dict) -> tuple[torch.Tensor, object]:
     """v `[B, H, L, D]` of layer 0 in one forward, and the grid that goes with it."""
     kept = []
-    session = harness.attach(tiny.pipe, density=1.0, **SMALL)
+    session = harness.attach(tiny.pipe, density=1.0, order="raster", **SMALL)
     session.observe = lambda s, layer, q, k, v: kept.append((v.clone(), s.grid)) if layer == 0 else None
     with session:
         tiny.pipe.transformer(**inputs)
@@ -176,6 +177,23 @@ def test_low_density_differs(made, name):
     with harness.attach(tiny.pipe, density=0.25, **SMALL):
         ours = tiny.run()
     assert relative(ours, stock) > 1e-2
+
+
+def test_an_order_carried_through_the_model_is_the_order_of_every_layer(made, monkeypatch):
+    """FLUX permutes its tokens once for all layers; each layer by itself would choose the same blocks."""
+    tiny, _ = made("flux")
+
+    def run(order):
+        with harness.attach(tiny.pipe, density=0.25, order=order, **SMALL) as session:
+            return tiny.run(), session.permutation
+
+    carried, permutation = run("tile_2d")
+    assert permutation is not None
+    monkeypatch.delattr(FluxFamily, "reorder")
+    by_layer, permutation = run("tile_2d")
+    assert permutation is None
+    assert relative(carried, by_layer) < 1e-5
+    assert relative(run("raster")[0], by_layer) > 1e-3, "the two orders do not differ here"
 
 
 @every_family
