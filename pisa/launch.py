@@ -104,7 +104,7 @@ def select(
         select_kernel[(programs,)](
             q, kbar, bias, scores, counts, indices, bits, *q.stride()[:3],
             H, q_len, n_q, n_k, n_tiles, words(n_k), count, text.start, text.stop, scale,
-            HEAD_DIM=dim, BLOCK=block, BIAS=bias is not None, **tile,
+            HEAD_DIM=dim, BLOCK=block, BIAS=bias is not None, **tile, **early(q),
         )  # fmt: skip
     return counts, indices, bits
 
@@ -193,9 +193,17 @@ def summarise(k: Tensor, v: Tensor, block: int, first_order: bool, kbar_fp32: Te
         )  # fmt: skip
         if first_order:
             slope_kernel[(dim * dim // 256, B * H)](
-                slopes, slope, programs, 1 / k_len, SIZE=dim * dim, CHUNK=256, PARTS=16, num_warps=4
-            )
+                slopes, slope, programs, 1 / k_len, SIZE=dim * dim, CHUNK=256, PARTS=16, num_warps=4,
+                **early(k),
+            )  # fmt: skip
     return Summary(kbar, vbar, slope, (ref(k), ref(v)))
+
+
+def early(x: Tensor) -> dict[str, bool]:
+    """Arguments of a kernel that may be launched while the one in front of it still runs, from Hopper on: some
+    microseconds less between two kernels. It has to wait for the results itself."""
+    can = capability_of(x) >= (9, 0)
+    return {"EARLY": can, "launch_pdl": True} if can else {"EARLY": False}
 
 
 def capability_of(q: Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import BlockMap
-from ..launch import BLOCK_SIZES, GROUP, HEAD_DIMS, bits_of, capability_of, on_device_of, summary_of
+from ..launch import BLOCK_SIZES, GROUP, HEAD_DIMS, bits_of, capability_of, early, on_device_of, summary_of
 from ..tail import Tail
 
 TAILS = ("drop", "zeroth", "hybrid")  # numbered as in pisa/kernels/attend.py
@@ -103,7 +103,7 @@ def on_hopper(
     attend_kernel[(-(-n_q // shared), B * H)](
         *(tiles(x) for x in (q, o, k, v, kbar, vbar, slope)), counts, indices, bits, lse,
         H, n_q, q_len, k.shape[2], indices.shape[-1], n_groups, scale,
-        HEAD_DIM=dim, TAIL=TAILS.index(tail.name), **HOPPER_TILE[shared],
+        HEAD_DIM=dim, TAIL=TAILS.index(tail.name), **HOPPER_TILE[shared], **early(q),
     )  # fmt: skip
 
 

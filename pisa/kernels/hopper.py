@@ -179,8 +179,12 @@ def attend_kernel(
     TAIL: gl.constexpr,
     STAGES: gl.constexpr,
     SHARED: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    """Program (i, head): `SHARED` query blocks of one head, whose list is that of the first of them."""
+    """Program (i, head): `SHARED` query blocks of one head, whose list is that of the first of them.
+
+    EARLY: as in statistics.slope_kernel.
+    """
     DTYPE: gl.constexpr = q_desc.dtype
     SLOPES: gl.constexpr = HEAD_DIM // BLOCK if TAIL == HYBRID else 0
     i, head = gl.program_id(0) * SHARED, gl.program_id(1)
@@ -198,6 +202,8 @@ def attend_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=SHARED)
     fence_async_shared()
+    if EARLY:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     if SHARED == 1:
         gl.warp_specialize(
             [

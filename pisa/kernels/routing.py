@@ -12,6 +12,7 @@ first on. Only speed depends on it.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .softmax import tile_ptrs
 
@@ -145,18 +146,42 @@ def number(t):
 
 
 @triton.jit
+def how_many(scores, least):
+    """Of each row `[STEP]`, the scores `[CHUNKS, 4, STEP, 32]` that reach `least`; none reaches NaN."""
+    reach = (scores >= least[None, None, :, None]).to(tl.float32)
+    return tl.sum(tl.sum(tl.sum(reach, 0), 0), 1).to(tl.int32)
+
+
+@triton.jit
+def first_guess(scores, kept, count):
+    """Where `threshold` begins: (t, kept, bit), the answer being below t + 2^(bit + 1).
+
+    An eighth of normal scores reach beyond a third of the largest, so it mostly lies within two octaves of that, eight
+    for longer lists. Where it does not, in any row, all bits are searched.
+    """
+    bit = tl.where(count * 8 <= tl.max(kept, 0), 23, 25)
+    largest = tl.max(tl.max(tl.max(tl.where(scores < float("inf"), scores, float("-inf")), 0), 0), 1)
+    top = largest.to(tl.int32, bitcast=True)
+    top = top ^ ((top >> 31) & 0x7FFFFFFF)  # the inverse of `number` is itself
+    low = top - ((2 << bit) - 1)
+    reached = how_many(scores, number(low))
+    open_row = kept > count
+    found = tl.min((((reached >= count) & (low < top)) | ~open_row).to(tl.int32), 0) > 0
+    t = tl.where(found & open_row, low, -(2**31))
+    return t, tl.where(found & open_row, reached, kept), tl.where(found, bit, 31)
+
+
+@triton.jit
 def threshold(scores, kept, count):
     """Numbers `[STEP]` that exactly `count` scores of their row reach, or more where the last of them are equal to it.
 
     scores: `[CHUNKS, 4, STEP, 32]`. kept: `[STEP]`, how many scores a row has; it is done when `count` are left.
     """
-    t = tl.full(kept.shape, -(2**31), tl.int32)
-    bit = 31
+    t, kept, bit = first_guess(scores, kept, count)
     while (tl.max(kept, 0) > count) & (bit > 0):
         for _ in tl.static_range(2):  # a pair, because the question above waits for all warps
             higher = t + (1 << bit)  # bit 31 wraps from the lowest integer to 0
-            reach = (scores >= number(higher)[None, None, :, None]).to(tl.float32)  # no score reaches NaN
-            reached = tl.sum(tl.sum(tl.sum(reach, 0), 0), 1).to(tl.int32)
+            reached = how_many(scores, number(higher))
             t = tl.where(reached >= count, higher, t)
             kept = tl.where(reached >= count, reached, kept)
             bit -= 1
@@ -222,8 +247,14 @@ def select_kernel(
     WIDTH: tl.constexpr,
     FLIP: tl.constexpr,
     BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Every program takes each so many-th tile: ROWS query blocks of one head. WIDTH >= pitch is a power of two."""
+    """Every program takes each so many-th tile: ROWS query blocks of one head. WIDTH >= pitch is a power of two.
+
+    EARLY: as in statistics.slope_kernel.
+    """
+    if EARLY:
+        gdc_wait()
     pitch = tl.cdiv(n_k, 32) * 32  # whole vectors
     scores_ptr += tl.program_id(0).to(tl.int64) * ROWS * pitch
     chunks, fours, lanes = tl.arange(0, WIDTH // 128) * 128, tl.arange(0, 4), tl.arange(0, 32) * 4

@@ -6,6 +6,7 @@ H_j over many blocks leave the registers. K and V are read once, straight into t
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .softmax import tile_ptrs
 
@@ -105,7 +106,11 @@ def slope_kernel(
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    """EARLY: it was launched before the kernel in front of it has ended, and has to wait for that here."""
+    if EARLY:
+        gdc_wait()
     head = tl.program_id(1).to(tl.int64)
     own = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)
