@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from pisa import crew
+from pisa import crew, piecewise_sparse_attention
 from pisa.crew import Crew
+from pisa.tail import TAILS
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,16 @@ def test_shares_inherit_inference_mode(three_threads, mode):
     with torch.inference_mode(mode), Crew.called(CPU) as three:
         three.share(lambda parts: found.append(torch.is_inference_mode_enabled()), [1, 2])
     assert found == [mode, mode]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_method_gives_what_it_gives_alone(three_threads, tail, seed):
+    """Routing and the eager engine share their work out; which thread did what changes nothing."""
+    q, k, v = (torch.randn(1, 4, 200, 32) for _ in range(3))
+    shared = piecewise_sparse_attention(q, k, v, density=0.4, block_size=16, tail=tail, engine="eager")
+    torch.set_num_threads(1)
+    alone = piecewise_sparse_attention(q, k, v, density=0.4, block_size=16, tail=tail, engine="eager")
+    assert torch.allclose(shared, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_a_gpu_needs_no_crew():
