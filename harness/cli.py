@@ -67,7 +67,9 @@ usage: python -m harness list [--config-dir DIR]
 
 DOCTOR_HELP = """Say what this machine can run and what is missing, with the command that mends it.
 
-usage: python -m harness doctor
+usage: python -m harness doctor [model=NAME] [model.key=value ...]
+
+With a model: its size, the memory it needs, its weights or the command that fetches them, and whether it runs here.
 """
 
 
@@ -129,7 +131,7 @@ def run_list(words: list[str], config_dirs: tuple[Path, ...]) -> int:
 def run_doctor(words: list[str], config_dirs: tuple[Path, ...]) -> int:
     from harness.doctor import show
 
-    return show()
+    return show(words, config_dirs)
 
 
 def run_score(words: list[str], config_dirs: tuple[Path, ...]) -> int:

@@ -19,6 +19,7 @@ MEASURING_CODE = (
     "harness/metrics.py",
     "harness/media.py",
     "harness/hook.py",
+    "harness/opaque.py",
     "harness/timing.py",
     "harness/phases.py",
     "harness/roofline.py",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.dense import Dense
+from harness.opaque import RUNNING, attention_operator
 from pisa import Grid, SparseAttention
 from pisa.orders import inverse
 
@@ -86,9 +87,11 @@ class Session:
             self.transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             self.transformer.register_forward_hook(self._after, prepend=True),  # other hooks see the model's order
         ]
+        RUNNING.append(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        RUNNING.remove(self)
         for hook in self._hooks:
             hook.remove()
         self.transformer.set_attn_processor(dict(self._stock))
@@ -128,11 +131,14 @@ class Session:
         sample = output[0].index_select(1, inverse(self.permutation))
         return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample)
 
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, text: int | None = None) -> Tensor:
+    def attention(self, layer: int | Tensor, q: Tensor, k: Tensor, v: Tensor, text: int | None = None) -> Tensor:
         """Self-attention of one layer; `[B, L, H, D]` in and out, as diffusers lays tensors out.
 
         text: how many of these tokens are text, from families where layers of one forward differ in it.
         """
+        if torch.compiler.is_compiling():
+            return attention_operator(q, k, v, layer, -1 if text is None else text)
+        layer = int(layer)
         self._reached.append(layer)
         if text is not None:
             self.grid = replace(self.grid, text=text)

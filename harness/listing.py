@@ -26,6 +26,12 @@ def show(config_dirs: tuple[Path, ...]) -> int:
         for name in options(group, config_dirs):
             path = next(p for root in roots if (p := Path(root) / group / f"{name}.yaml").exists())
             first = next((line for line in path.read_text().splitlines() if not line.startswith("# @")), "")
-            print(f"  {name:<16} {first[2:] if first.startswith('# ') else ''}".rstrip())
+            said = first[2:] if first.startswith("# ") else ""
+            print(f"  {name:<16} {said}{' (no weights yet)' if _untrained(group, name) else ''}".rstrip())
         print()
     return 0
+
+
+def _untrained(group: str, name: str) -> bool:
+    """A toy model whose weights do not ship: `doctor` and `sweep` give the command that makes them."""
+    return group == "model" and name.startswith("toy") and not (Path(__file__).parent / "assets" / name).exists()

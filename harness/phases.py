@@ -43,8 +43,11 @@ class Apart:
     engine: ModuleType
 
     @classmethod
-    def of(cls, method: SparseAttention, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> "Apart":
-        permutation, raw = method.order(q, k, grid), (q, k, v)
+    def of(
+        cls, method: SparseAttention, q: Tensor, k: Tensor, v: Tensor, grid: Grid, in_order: bool = False
+    ) -> "Apart":
+        """in_order: as in the call of the method."""
+        permutation, raw = None if in_order else method.order(q, k, grid), (q, k, v)
         if permutation is not None:
             q, k, v = (x.index_select(2, permutation) for x in raw)
         blocks, block_map = method.blocks(q, k, grid), method.last.block_map

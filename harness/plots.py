@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from harness import kernels
+from harness import kernels, step_plots
 from harness.filmstrip import comparison_video, film_strips
 from harness.kernel_plots import kernel_figures
 from harness.labels import Usual
@@ -76,6 +76,9 @@ def draw_all(records: pd.DataFrame, out_dir: Path, records_dir: Path, usual: Usu
         with plt.rc_context(STYLE):
             for name, figure, data in kernel_figures(kernels.rows(ours)):
                 files += _save(figure, data, out_dir / name)
+    with plt.rc_context(STYLE):
+        for name, figure, data in step_plots.step_figures(step_plots.rows(others)):
+            files += _save(figure, data, out_dir / name)
     return files + _draw(cells(others, usual), out_dir, records_dir) if len(others) else files
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness import kernels
+from harness import kernels, step_plots
 from harness.labels import Usual
 from harness.summary import (
     DENSITY,
@@ -113,6 +113,7 @@ def _all_pages(records: pd.DataFrame, against: str | None, usual: Usual | None) 
     """The pages of all records; attention calls on random inputs have tables of their own."""
     ours, others = kernels.split(records)
     pages = _pages(cells(others, usual), against) if len(others) else []
+    pages += step_plots.pages(step_plots.rows(others))
     return pages + kernels.pages(kernels.rows(ours)) if len(ours) else pages
 
 

@@ -1,15 +1,18 @@
-"""Procedural videos for the toy models, drawn by torch on any device: textured shapes move over a drifting background.
+"""Procedural videos and pictures for the toy models, drawn by torch on any device: textured shapes over a background.
 
 What makes them need long-range attention: an object keeps its colour, its texture (which moves with it) and its path
 over all frames, may be hidden behind the other and return, and the background is one pattern over the whole picture.
-Look at some: `python scripts/toy_videos.py out.png`.
+In a picture the copies of an object, mirrored or turned around the middle, share shade, size and texture.
+Look at some: `python scripts/toy_videos.py videos.png pictures.png`.
 """
 
 import math
 import random
 import sys
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from harness.models.captions import BACKGROUNDS, COLOURS, MAX_OBJECTS, MOTIONS, SHAPES, TEXTURES, Caption
@@ -28,9 +31,13 @@ RGB = torch.tensor(
 )
 
 
-def draw_captions(n: int, seed: int) -> list[Caption]:
+COPIES = 4
+
+
+def draw_captions(n: int, seed: int, objects: int | None = None) -> list[Caption]:
+    """Random captions, all with this many objects or each with one or two."""
     rng = random.Random(seed)
-    return [Caption.draw(rng) for _ in range(n)]
+    return [Caption.draw(rng, objects) for _ in range(n)]
 
 
 def encode(captions: list[Caption], device: torch.device | str) -> dict[str, Tensor]:
@@ -52,11 +59,8 @@ def render(captions: list[Caption], frames: int, size: int, g: torch.Generator, 
     device, n = g.device, len(captions)
     codes = encode(captions, device)
 
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return torch.rand(*shape, generator=g, device=device) * (high - low) + low
-
-    y, x = torch.meshgrid(*(torch.arange(size, device=device) + 0.5,) * 2, indexing="ij")
-    x, y = (c * (64 / size) for c in (x, y))  # all lengths below are for a picture of 64 x 64
+    uniform = _uniform(g)
+    x, y = _pixels(size, device)
     frame = torch.arange(frames, device=device) + (0 if first is None else first.to(device)[:, None])
     t = (frame / 16.0).expand(n, frames)  # [B, F]
     picture = _background(codes["background"], x, y, t, uniform)
@@ -70,6 +74,77 @@ def render(captions: list[Caption], frames: int, size: int, g: torch.Generator, 
         paint = RGB.to(device)[colour.clamp(min=0)].view(n, 3, 1, 1, 1) * (1 - 0.78 * dark)[:, None]
         picture = picture * (1 - alpha[:, None]) + paint * alpha[:, None]
     return picture.clamp(0, 1) * 2 - 1
+
+
+def render_pictures(captions: list[Caption], size: int, g: torch.Generator) -> Tensor:
+    """Pictures `[B, 3, size, size]` in [-1, 1], fp32, on g's device; places, shades and palettes are drawn from g.
+
+    The motion says where an object stands: left, right, up, down; swings: twice, mirrored; circles: four times, turned
+    around the middle.
+    """
+    device, n = g.device, len(captions)
+    codes = encode(captions, device)
+    uniform = _uniform(g)
+    x, y = _pixels(size, device)
+    still = torch.full((n, 1), 0.5, device=device)
+    picture = _background(codes["background"], x, y, still, uniform)[:, :, 0]  # [B, 3, S, S]
+    for i in reversed(range(MAX_OBJECTS)):
+        colour, texture, shape, place = codes["objects"][:, i].unbind(1)
+        cx, cy, angle, mirror, shown, radius = _places(place, uniform)  # [B, 4] each, radius [B]
+        dx, dy = ((c - centre[..., None, None]) for c, centre in ((x, cx), (y, cy)))  # [B, 4, S, S]
+        cos, sin = angle.cos()[..., None, None], angle.sin()[..., None, None]
+        u, v = (cos * dx + sin * dy) * mirror[..., None, None], cos * dy - sin * dx
+        alpha = _shape(shape, u, v, radius) * (shown * (colour >= 0)[:, None])[..., None, None]
+        shift = uniform(2, n, 1, 1, 1, high=11.0)
+        dark = _texture(texture, u + shift[0], v + shift[1])
+        shade = uniform(n, 3, 1, 1, 1, low=0.8, high=1.0)
+        paint = RGB.to(device)[colour.clamp(min=0)].view(n, 3, 1, 1, 1) * shade * (1 - 0.78 * dark)[:, None]
+        for copy in range(COPIES):
+            picture = torch.lerp(picture, paint[:, :, copy], alpha[:, None, copy])
+    return picture.clamp(0, 1) * 2 - 1
+
+
+def _places(place: Tensor, uniform) -> tuple[Tensor, ...]:
+    """Where an object's copies are: centres x and y, angle, mirror (1 or -1), shown (0 or 1) `[B, 4]`, radius `[B]`."""
+    n, device = len(place), place.device
+    near, across = uniform(n, 1, low=14, high=22), uniform(n, 1, low=18, high=46)
+    tilt = uniform(n, 1, low=-0.4, high=0.4)
+    copy = torch.arange(COPIES, device=device).expand(n, COPIES)
+    quarter = copy * (math.pi / 2)
+    around = quarter + uniform(n, 1, high=math.pi / 2)
+    away = uniform(n, 1, low=17, high=20)
+    side = 1.0 - 2.0 * (copy % 2)  # 1, -1, 1, -1
+    one = torch.ones_like(side)
+    single = ((copy == 0) * one, uniform(n, 1, low=11, high=14) * one)
+    double = ((copy < 2) * one, uniform(n, 1, low=9, high=12) * one)
+    four = (one, uniform(n, 1, low=7.5, high=9.5) * one)
+    kinds = (  # x, y, angle, mirror, shown, radius for every word of MOTIONS
+        (near, across, tilt, one, *single),
+        (64 - near, across, tilt, one, *single),
+        (across, near, tilt, one, *single),
+        (across, 64 - near, tilt, one, *single),
+        (32 + away * around.cos(), 32 + away * around.sin(), tilt + quarter, one, *four),
+        (32 + side * (32 - near), across, side * tilt, side, *double),
+    )
+    pick = place.clamp(min=0).view(1, n, 1).expand(1, n, COPIES)
+    stacks = (torch.stack([c.expand(n, COPIES) for c in column]) for column in zip(*kinds, strict=True))
+    *found, radius = (stack.gather(0, pick)[0] for stack in stacks)
+    return *found, radius[:, 0]
+
+
+def _uniform(g: torch.Generator):
+    """A function that draws uniform numbers of any shape from g."""
+
+    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return torch.rand(*shape, generator=g, device=g.device) * (high - low) + low
+
+    return uniform
+
+
+def _pixels(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x and y `[S, S]` of every pixel's middle; all lengths here are for a picture of 64 x 64."""
+    y, x = torch.meshgrid(*(torch.arange(size, device=device) + 0.5,) * 2, indexing="ij")
+    return x * (64 / size), y * (64 / size)
 
 
 def _path(motion: Tensor, t: Tensor, uniform) -> tuple[Tensor, Tensor]:
@@ -141,16 +216,25 @@ def _background(kind: Tensor, x: Tensor, y: Tensor, t: Tensor, uniform) -> Tenso
     return base + 0.13 * pattern[:, None] * uniform(n, 3, 1, 1, 1, low=0.6, high=1.0)
 
 
-def strip(videos: Tensor, columns: int = 8) -> Tensor:
-    """Rows of evenly spaced frames as one picture `[3, n*S, columns*S]` in [0, 1]."""
-    pick = torch.linspace(0, videos.shape[2] - 1, columns).round().long()
-    rows = [torch.cat(list(v[:, pick].unbind(1)), dim=-1) for v in videos]
-    return torch.cat(rows, dim=-2).add(1).div(2).clamp(0, 1)
+def sheet(samples: list[Tensor], columns: int = 8) -> Tensor:
+    """One picture `[H, W, 3]` uint8 of samples `[F, 3, S, S]` in [0, 1]: a row of frames each, or pictures in rows."""
+    if samples[0].shape[0] == 1:
+        rows = [torch.cat(samples[i : i + columns]) for i in range(0, len(samples) - columns + 1, columns)]
+    else:
+        rows = [x[torch.linspace(0, len(x) - 1, columns).round().long()] for x in samples]
+    whole = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2)  # [3, H, W]
+    return (whole.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
+
+
+def save(samples: list[Tensor], path: Path) -> None:
+    """Writes a sheet as PNG."""
+    Image.fromarray(sheet(samples).numpy()).save(path)
 
 
 if __name__ == "__main__":
-    from torchvision.utils import save_image
-
-    examples = draw_captions(8, seed=1)
+    examples = draw_captions(16, seed=1)
     print("\n".join(map(str, examples)))
-    save_image(strip(render(examples, 16, 64, torch.Generator().manual_seed(0))), sys.argv[1])
+    g = torch.Generator().manual_seed(0)
+    videos, pictures = render(examples[:8], 16, 64, g), render_pictures(examples, 128, g)
+    save([v.transpose(0, 1).add(1).div(2) for v in videos], Path(sys.argv[1]))
+    save([p[None].add(1).div(2) for p in pictures], Path(sys.argv[2]))

@@ -3,7 +3,7 @@
     python scripts/update_readme.py           # after new results
     python scripts/update_readme.py --check   # exit 1 when the README is not what the records give
 
-A table stands between `<!-- table: FOLDER -->` or `<!-- bench: FOLDER -->` and `<!-- end -->`.
+A table stands between `<!-- table: FOLDER -->`, `<!-- bench: FOLDER -->` or `<!-- step: FOLDER -->` and `<!-- end -->`.
 """
 
 import re
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from harness import step_plots
 from harness.records import load
 from harness.tables import summary
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (table|bench): (\S+) -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- (table|bench|step): (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def plus_minus(row: pd.Series, column: str, digits: int) -> str:
@@ -85,10 +86,34 @@ def bench(folder: Path) -> str:
     return f"{text}\n\n{note}; speed-up is the geometric mean over rounds; memory with the output.\n"
 
 
+def step(folder: Path) -> str:
+    """One denoising step of the real models: dense, PISA and the limit."""
+    chosen = step_plots.rows(load(folder)).sort_values("dense_latency_ms_median", ascending=False)
+    rows = [
+        {
+            "model": f"{row['model']}, {row['size']}",
+            "tokens": f"{row['tokens']:,.0f}",
+            "dense ms": f"{row['dense_latency_ms_median']:,.0f}",
+            "PISA ms": f"{row['latency_ms_median']:,.0f}",
+            "speed-up (95 %)": f"{row['speedup']:.2f}"
+            + (f" ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})" if pd.notna(row["speedup_low"]) else ""),
+            "limit": f"{row['limit_speedup']:.2f}",
+            "attention ms": f"{row['dense_step_ms_attention']:,.0f} to {row['step_ms_attention']:,.0f}",
+            "rounds": f"{row['latency_n']:.0f}",
+        }
+        for row in chosen.to_dict("records")
+    ]
+    one = chosen.iloc[0]
+    text = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    return (
+        f"{text}\n\nDense is `{one['dense_kernel']}`, {one['machine']}; speed-up is the geometric mean over rounds.\n"
+    )
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     before = readme.read_text()
-    makers = {"table": table, "bench": bench}
+    makers = {"table": table, "bench": bench, "step": step}
     after = BLOCK.sub(lambda m: m[1] + "\n" + makers[m[2]](ROOT / m[3]) + "\n" + m[4], before)
     if "--check" in sys.argv:
         if after != before:

@@ -16,6 +16,8 @@ if (
     and tuple(map(int, version("triton").split(".")[:2])) >= (3, 8)
 ):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported; older interpreters fail on new numpy
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a process for every core already
 
 unhurried = [HealthCheck.too_slow, HealthCheck.filter_too_much]  # an engine refuses many of the cases for all engines
 settings.register_profile("default", deadline=None, max_examples=20, suppress_health_check=unhurried)

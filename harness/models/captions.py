@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta", "orange", "white")
 TEXTURES = ("plain", "striped", "checkered", "dotted")
@@ -53,9 +54,10 @@ class Caption:
         return cls(tuple(objects), background)
 
     @classmethod
-    def draw(cls, rng: random.Random) -> "Caption":
-        """A random caption with one or two objects."""
-        objects = [tuple(rng.choice(slot) for slot in SLOTS) for _ in range(rng.choice((1, 2, 2)))]
+    def draw(cls, rng: random.Random, objects: int | None = None) -> "Caption":
+        """A random caption with this many objects, one or two if None."""
+        count = objects or rng.choice((1, 2, 2))
+        objects = [tuple(rng.choice(slot) for slot in SLOTS) for _ in range(count)]
         return cls(tuple(objects), rng.choice(BACKGROUNDS))
 
     def __str__(self) -> str:
@@ -90,7 +92,27 @@ def load_vocabulary(folder: Path) -> dict[str, Tensor]:
 
 
 def embed(captions: list[Caption | None], vocabulary: dict[str, Tensor]) -> Tensor:
-    """Text tokens `[B, 9, 64]` for WanPipeline's `prompt_embeds`; None is the empty prompt (all zeros)."""
+    """Text tokens `[B, 9, 64]`, one for each slot; None is the empty prompt (all zeros)."""
+    return _slots(captions, vocabulary)[0]
+
+
+def sentence(captions: list[Caption], vocabulary: dict[str, Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """The words alone, then zeros up to `length` (at least 9): tokens `[B, length, 64]` and their mask, int64."""
+    tokens, known = _slots(captions, vocabulary)
+    first = known.logical_not().long().argsort(dim=1, stable=True)  # [B, 9], words before gaps
+    tokens = tokens.gather(1, first[..., None].expand_as(tokens))
+    mask = known.gather(1, first).long()
+    room = length - TEXT_TOKENS
+    return pad(tokens, (0, 0, 0, room)), pad(mask, (0, room))
+
+
+def pooled(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the words, `[B, 64]`."""
+    return tokens.sum(1) / mask.sum(1, keepdim=True)
+
+
+def _slots(captions: list[Caption | None], vocabulary: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A token for each slot of the sentence `[B, 9, 64]`, zero where it is empty, and which have a word `[B, 9]`."""
     width = len(SLOTS)
     codes = torch.full((len(captions), TEXT_TOKENS), -1)
     for row, caption in enumerate(captions):
@@ -100,4 +122,4 @@ def embed(captions: list[Caption | None], vocabulary: dict[str, Tensor]) -> Tens
             codes[row, -1] = WORDS.index(caption.background)
     tokens = vocabulary["words"][codes.clamp(min=0)]  # [B, 9, 64]
     tokens[:, : MAX_OBJECTS * width] += vocabulary["objects"].repeat_interleave(width, 0)
-    return tokens * (codes >= 0)[..., None]
+    return tokens * (codes >= 0)[..., None], codes >= 0

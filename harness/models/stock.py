@@ -15,7 +15,8 @@ class Replacement:
 
     def __init__(self, layer: int, session: "Session"):
         super().__init__()
-        self.layer, self.session = layer, session
+        # A tensor: torch.compile would make a graph for every number, and has one for all tensors.
+        self.layer, self.session = torch.tensor(layer), session
 
 
 def replacements(

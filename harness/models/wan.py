@@ -3,11 +3,14 @@
 Only `blocks.{i}.attn1` is replaced; `attn2` attends to text and stays. Tokens run frame by frame, row by row.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
+from harness.models.full import FullModel
 from harness.models.stock import Replacement, replacements
 from pisa import Grid
 
@@ -56,3 +59,70 @@ class WanFamily:
         frames, height, width = inputs["hidden_states"].shape[2:]
         t, h, w = transformer.config.patch_size
         return Grid(frames // t, height // h, width // w)
+
+
+@dataclass(kw_only=True)
+class Wan(FullModel):
+    """Wan2.1 text to video at full size. shift: of the noise schedule, 3 for 480p and 5 for 720p."""
+
+    shift: float
+
+    title = "Wan2.1"
+    text_parts = ("tokenizer", "text_encoder")
+    video = True
+    activations = 26.0
+    vae_dtype = "float32"  # as its authors run it
+    family = WanFamily()
+
+    @staticmethod
+    def pipeline_class() -> type:
+        from diffusers import WanPipeline
+
+        return WanPipeline
+
+    @staticmethod
+    def classes() -> tuple[type, type]:
+        from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+
+        return WanTransformer3DModel, UniPCMultistepScheduler
+
+    def scheduler_settings(self) -> dict[str, Any]:
+        return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.shift}
+
+    @property
+    def joint_text(self) -> int:
+        return 0  # text has a cross-attention of its own
+
+    @property
+    def branches(self) -> int:
+        return 2 if self.guidance > 1 else 1
+
+    def random_embeddings(self, draw: Any) -> dict[str, Tensor]:
+        shape = (1, self.text_tokens, self.outline.config.text_dim)
+        words = {"prompt_embeds": draw(*shape)}
+        return words | ({"negative_prompt_embeds": draw(*shape)} if self.branches > 1 else {})
+
+    def text_embeddings(self, prompt: str) -> dict[str, Tensor]:
+        guided = self.branches > 1
+        words, negative = self.pipe.encode_prompt(prompt, None, guided, max_sequence_length=self.text_tokens)
+        return {"prompt_embeds": words, "negative_prompt_embeds": negative}
+
+    @torch.no_grad()
+    def forward(self, latents: Tensor, timestep: float, prompt: str) -> Tensor:
+        """The prediction `[1, 16, F, h, w]` of one forward, conditional branch; timestep 0 to 1000."""
+        dtype = getattr(torch, self.dtype)
+        return self.transformer(
+            hidden_states=latents.to(self.device, dtype),
+            timestep=torch.tensor([timestep], device=self.device),
+            encoder_hidden_states=self.encode(prompt)["prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames `[F, 3, H, W]` fp32 in [0, 1] from latents `[1, 16, F, h, w]`."""
+        vae = self.pipe.vae
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+        latents = latents.to(self.device, vae.dtype) * std.to(self.device) + mean.to(self.device)
+        video = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return self.pipe.video_processor.postprocess_video(video, output_type="pt")[0].float()
