@@ -18,6 +18,7 @@ if (
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported; older interpreters fail on new numpy
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for every core already
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: threads are part of a record's machine
 
 unhurried = [HealthCheck.too_slow, HealthCheck.filter_too_much]  # an engine refuses many of the cases for all engines
 settings.register_profile("default", deadline=None, max_examples=20, suppress_health_check=unhurried)
