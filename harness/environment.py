@@ -40,7 +40,8 @@ def code_digest() -> str:
 
 @cache
 def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    with path.open("rb") as file:  # in pieces: a checkpoint may have gigabytes
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def package_version(name: str) -> str | None:

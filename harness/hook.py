@@ -5,7 +5,6 @@ forward) and the branch of classifier-free guidance (the n-th forward of a step)
 each layer was reached exactly once: a sparse run that silently stayed dense must not go unnoticed.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from baselines.dense import Dense
 from harness.opaque import RUNNING, attention_operator
+from harness.timing import elapsed_ms, now
 from pisa import Grid, SparseAttention
 from pisa.orders import inverse
 
@@ -145,7 +145,7 @@ class Session:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D] views
         if self.observe is not None:
             self.observe(self, layer, q, k, v)
-        start = self._mark(q)
+        start = now(q.is_cuda)
         if self.method is None or self.step < self.dense_steps or self._block[layer] < self.dense_layers:
             o = self.dense(q, k, v)
             self.dense_calls += 1
@@ -153,25 +153,11 @@ class Session:
             o = self.method(q, k, v, grid=self.grid, **({} if self.permutation is None else {"in_order": True}))
             self.sparse_calls += 1
             self.density_sum += self.method.last.density
-        self._spans.append((start, self._mark(q)))
+        self._spans.append((start, now(q.is_cuda)))
         return o.transpose(1, 2)
-
-    @staticmethod
-    def _mark(x: Tensor) -> Any:
-        """A point in time: an event in the stream on a GPU (no synchronisation), the wall clock elsewhere."""
-        if not x.is_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def report(self) -> dict[str, Any]:
         """What ran, as columns of a record."""
-        if self._spans and not isinstance(self._spans[0][0], float):
-            torch.cuda.synchronize()
-            attention_ms = sum(a.elapsed_time(b) for a, b in self._spans)
-        else:
-            attention_ms = 1e3 * sum(b - a for a, b in self._spans)
         calls = self.sparse_calls + self.dense_calls
         exact = self.density_sum + self.dense_calls
         return {
@@ -182,5 +168,5 @@ class Session:
             "density_realised": self.density_sum / self.sparse_calls if self.sparse_calls else 1.0,
             "exact_fraction": exact / calls if calls else None,
             "engine": self.method.last.engine if self.sparse_calls else None,
-            "attention_ms": attention_ms,
+            "attention_ms": elapsed_ms(self._spans),
         }

@@ -25,6 +25,23 @@ FEWEST_ROUNDS = 8
 HOST_CALLS, HOST_SECONDS = 10, 1.0  # whichever ends first
 
 
+def now(on_gpu: bool) -> Any:
+    """A point in time: an event in the stream of a GPU, the wall clock elsewhere."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed_ms(spans: list[tuple[Any, Any]]) -> float:
+    """Milliseconds of all spans together."""
+    if spans and not isinstance(spans[0][0], float):
+        torch.cuda.synchronize()
+        return sum(a.elapsed_time(b) for a, b in spans)
+    return 1e3 * sum(b - a for a, b in spans)
+
+
 class Clock:
     """Times one call in milliseconds: CUDA events behind flush and spin on a GPU, the wall clock on a CPU."""
 

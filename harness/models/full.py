@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from harness.errors import InputError
 from harness.models import checkpoint
+from harness.models.settings import check_steps
 
 GIB = 2**30
 DTYPES = ("float32", "bfloat16", "float16")
@@ -163,11 +164,7 @@ class FullModel:
             if value not in allowed:
                 words = ", ".join("null" if word is None else str(word).lower() for word in allowed)
                 raise InputError(f"model.{name} must be one of {words}, got {value!r}.")
-        if self.steps < 1 or not 0 <= self.dense_steps <= self.steps or self.dense_layers < 0:
-            raise InputError(
-                f"model.steps must be at least 1 and dense_steps from 0 to it, dense_layers at least 0; "
-                f"got steps={self.steps}, dense_steps={self.dense_steps}, dense_layers={self.dense_layers}."
-            )
+        check_steps(self.steps, self.dense_steps, self.dense_layers)
         if self.weights == "pretrained":
             self.folder  # noqa: B018  finding it is the check
         self._check_size()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harness.errors import InputError
 from harness.models.captions import Caption, load_vocabulary
+from harness.models.settings import check_steps
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -71,11 +72,7 @@ class Toy(ABC):
                 f"{self.NAME} cannot make {_size(self.frames, *edges)}: height and width must be multiples of "
                 f"{self.PATCH} pixels up to {1024 * self.PATCH} (it was trained at {_size(*self.TRAINED)})."
             )
-        if self.steps < 1 or not 0 <= self.dense_steps <= self.steps or self.dense_layers < 0:
-            raise InputError(
-                f"model.steps must be at least 1 and dense_steps from 0 to it, dense_layers at least 0; "
-                f"got steps={self.steps}, dense_steps={self.dense_steps}, dense_layers={self.dense_layers}."
-            )
+        check_steps(self.steps, self.dense_steps, self.dense_layers)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise InputError(f"model.dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
         self._check_weights()

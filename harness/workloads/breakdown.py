@@ -11,19 +11,17 @@ and predicted_s, dense_predicted_s, predicted_speedup: denoising of a whole samp
 dense steps and branches of guidance; text encoder and decoder are not in it.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from harness.hook import Session
 from harness.phases import Apart, durations
-from harness.timing import interleave, speedup
+from harness.timing import elapsed_ms, interleave, now, speedup
 from harness.workloads import Run
 
 MB = 2**20
@@ -130,23 +128,6 @@ class Breakdown:
         names = "dense_predicted_s", "predicted_s"
         found = {name: branches * ms / 1e3 for name, ms in zip(names, both, strict=True)}
         return found | {"predicted_speedup": both[0] / both[1]}
-
-
-def now(on_gpu: bool) -> Any:
-    """A point in time: an event in the stream of a GPU, the wall clock elsewhere."""
-    if not on_gpu:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed_ms(spans: list[tuple[Any, Any]]) -> float:
-    """Milliseconds of all spans together."""
-    if spans and not isinstance(spans[0][0], float):
-        torch.cuda.synchronize()
-        return sum(a.elapsed_time(b) for a, b in spans)
-    return 1e3 * sum(b - a for a, b in spans)
 
 
 @contextmanager

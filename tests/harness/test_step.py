@@ -14,8 +14,9 @@ from harness.config import Composer
 from harness.hook import Session
 from harness.records import load
 from harness.sweep import sweep
+from harness.timing import elapsed_ms
 from harness.workloads import Run
-from harness.workloads.breakdown import Breakdown, Forward, elapsed_ms, timed_linears
+from harness.workloads.breakdown import Breakdown, Forward, timed_linears
 from harness.workloads.step import Input, Step
 from pisa import SparseAttention
 from pisa.routing import TopK
